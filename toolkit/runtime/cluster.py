@@ -1,0 +1,166 @@
+"""A cluster runs an SPMD program: the same function on every rank, each with its own communicator and shards."""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+from greenlet import getcurrent
+
+from .arrays import copy_of, map_arrays
+from .communicator import Communicator
+from .engine import Task
+from .errors import RuntimeFault, ShapeError
+from .hardware import H100, Device
+from .layout import PerRank, Shard, assemble
+from .machine import Machine
+from .topology import Topology
+from .trace import Trace
+from .units import seconds
+
+
+class Cluster:
+    """Devices joined by a topology.
+
+        cluster = Cluster(topology.full_mesh(8, hardware.NVLINK4), device=hardware.H100)
+        run = cluster.run(program, shard(x, axis=1), causal=True)
+
+    device   one hardware.Device for all ranks, or one per rank
+    """
+
+    def __init__(self, topology: Topology, device: Device | Sequence[Device] = H100):
+        self.topology = topology
+        self.size = len(topology.ranks)
+        self.devices = [device] * self.size if isinstance(device, Device) else list(device)
+        if len(self.devices) != self.size:
+            raise ShapeError(
+                f"{len(self.devices)} devices were given for the {self.size} ranks of {topology.name}"
+            )
+
+    @property
+    def device(self):
+        """The device of rank 0."""
+        return self.devices[0]
+
+    def run(self, program, *args, **options):
+        """Run `program(comm, *args, **options)` on every rank until all have returned.
+
+        args, options   `shard(x, axis)` and `per_rank(values)` give each rank its own; every other array is copied to
+                        each rank; everything else is handed over as it is
+        returns         Run
+        raises          whatever a rank raises, with a note naming the rank; DeadlockError; UnreceivedMessage
+        """
+        if isinstance(getcurrent(), Task):
+            raise RuntimeFault("cluster.run was called inside a rank's program; call it from outside")
+        machine = Machine(self.topology, self.devices)
+        outputs = [None] * self.size
+        everyone = tuple(range(self.size))
+        for processor in machine.processors:
+            mine = [_own(value, processor.rank, self.size) for value in args]
+            named = {name: _own(value, processor.rank, self.size) for name, value in options.items()}
+            processor.memory.track((mine, list(named.values())), "argument")
+            comm = Communicator(processor, everyone)
+            machine.engine.spawn(
+                _program(machine, program, comm, mine, named, outputs), processor.rank, processor
+            )
+            del mine, named
+        machine.engine.run(machine.deadlock)
+        machine.check_nothing_left()
+        return Run(self, machine, outputs)
+
+
+def _own(value, rank, size):
+    if isinstance(value, (Shard, PerRank)):
+        return value.of(rank, size)
+    if isinstance(value, np.ndarray):
+        return copy_of(value)
+    if isinstance(value, tuple):
+        return tuple(_own(part, rank, size) for part in value)
+    return value
+
+
+def _program(machine, program, comm, mine, named, outputs):
+    # Arguments are spelled out and popped, so that the program's own frame holds the only reference to its arrays:
+    # a rank that rebinds `k` frees the memory. A call f(*args) would keep the tuple alive.
+    words = ["comm", *("mine.pop()" for _ in mine), *(f"{name}=named.pop({name!r})" for name in named)]
+    mine.reverse()
+    call = eval(f"lambda program, comm, mine, named: program({', '.join(words)})")
+
+    def body():
+        rank = comm.rank
+        try:
+            outputs[rank] = call(program, comm, mine, named)
+        except Exception as error:
+            if isinstance(error, ValueError) and "read-only" in str(error):
+                if sends := machine.sends_in_flight(rank):
+                    error = machine.buffer_in_use(rank, sends).with_traceback(error.__traceback__)
+            error.add_note(f"raised on rank {rank} of {comm.size} at {seconds(machine.engine.now)}")
+            raise error
+
+    return body
+
+
+class Run:
+    """What a program did: results, times, bytes, memory."""
+
+    def __init__(self, cluster, machine, outputs):
+        self.cluster, self.outputs = cluster, outputs
+        self.trace: Trace = machine.trace
+        self.makespan = machine.engine.now  # virtual seconds until the last rank returned
+        self.peak_memory = [p.memory.peak for p in machine.processors]  # bytes per rank
+        self._memory = [p.memory for p in machine.processors]
+        self._bytes = dict(machine.traffic)
+
+    def gather(self, axis=0, layout="contiguous"):
+        """The ranks' outputs joined along `axis`: the inverse of `shard`. Tuples are joined part by part."""
+        return assemble(self.outputs, axis, layout)
+
+    def output(self, index):
+        """Part `index` of every rank's output tuple, ready to be handed to another run."""
+        return PerRank(tuple(output[index] for output in self.outputs))
+
+    def memory(self, rank):
+        """(times, live bytes) of one rank: a step function."""
+        return self._memory[rank].history()
+
+    @cached_property
+    def traffic(self):
+        """Bytes moved: `total`, `by_pair[source, dest]`, `by_link[u, v]`."""
+        return Traffic(self._bytes, self.cluster)
+
+    def exposed(self, rank=None):
+        """Seconds that a rank's program was blocked on messages; without `rank`, of the rank that waited longest."""
+        table, waited = self.trace.waits, np.zeros(self.cluster.size)
+        np.add.at(waited, table[:, 0].astype(int), table[:, 3] - table[:, 2])
+        return float(waited.max() if rank is None else waited[rank])
+
+    def timeline(self, **options):
+        """The picture of the run: one row a rank and stream."""
+        from toolkit.show.timeline import timeline
+
+        return timeline(self, **options)
+
+    def save_perfetto(self, path):
+        """Write the trace for ui.perfetto.dev (Chrome trace JSON), one track a rank and stream."""
+        from toolkit.show.perfetto import save
+
+        save(self, path)
+
+    def __repr__(self):
+        return f"Run of {self.cluster.size} ranks: {seconds(self.makespan)}, {len(self.trace)} events"
+
+
+class Traffic:
+    """Payload bytes of all messages, each counted once."""
+
+    def __init__(self, by_pair, cluster):
+        self.total = sum(by_pair.values())
+        self.by_pair = np.zeros((cluster.size, cluster.size), np.int64)
+        self.by_link = {}
+        ranks = cluster.topology.ranks
+        for (source, dest), nbytes in sorted(by_pair.items()):
+            self.by_pair[source, dest] = nbytes
+            for edge in cluster.topology.route(ranks[source], ranks[dest]):
+                self.by_link[edge] = self.by_link.get(edge, 0) + nbytes
+
+    def __repr__(self):
+        return f"Traffic(total={self.total})"

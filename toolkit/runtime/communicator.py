@@ -1,0 +1,188 @@
+"""The communicator: what a rank's program sees of the machine. The vocabulary is MPI's and torch.distributed's.
+
+Messages are arrays or nested tuples of arrays; they match by (source, tag) in order. A send waits for its receive
+(rendezvous): `send` before `recv` on both sides is a deadlock, and the runtime says so.
+Collectives are written in this vocabulary, in `collectives`.
+"""
+
+import numpy as np
+from greenlet import getcurrent
+
+from . import collectives
+from .engine import Engine
+from .errors import ShapeError, UnknownRank
+from .requests import Both, Receive, Request, Send, SubTask
+from .stream import Stream
+
+ANY = None  # recv(source=ANY): whoever sends first
+
+
+class Communicator(collectives.Collectives):
+    """A group of ranks, seen from one of them.
+
+    rank, size    this rank's number in the group, and how many there are
+    ranks         the group's members as ranks of the whole cluster
+    """
+
+    def __init__(self, processor, ranks, context=0):
+        self._processor, self._machine = processor, processor.machine
+        self.ranks, self.size = ranks, len(ranks)
+        self.rank = ranks.index(processor.rank)
+        self._context = context
+        self._label = None  # set inside a collective: what its messages are called in the trace
+        self._entered = 0  # collectives this rank has entered
+
+    @property
+    def now(self):
+        """Virtual seconds since the run began."""
+        return self._machine.engine.now
+
+    @property
+    def device(self):
+        """The hardware.Device that this rank computes on."""
+        return self._processor.device
+
+    @property
+    def topology(self):
+        """The machine's Topology."""
+        return self._machine.topology
+
+    # ---- messages -------------------------------------------------------------------------------------------------
+
+    def isend(self, x, dest, tag=0, *, nbytes=None, nbits=None, wire=None):
+        """Start sending `x`. Returns a Request; `x` is read-only until it is done.
+
+        x        array or nested tuple of arrays; () is a message of no bytes
+        wire     dtype that values are rounded to on the way, or a nested tuple of dtypes and None, one an array
+        nbytes   size on the wire instead of the arrays' own (entropy-coded payloads); `nbits` is rounded up to bytes
+        raises   UnknownRank, DtypeError
+        """
+        send = Send(self._machine)
+        send.collective = self._label
+        send.rank, send.peer, send.matched, send.protected = self._processor.rank, dest, False, None
+        send.key = (self._world(dest, "dest"), self._context, tag)
+        send.payload = tuple(x) if isinstance(x, list) else x
+        self._machine.protect(send)
+        send.wire = None if isinstance(x, tuple) and not x else wire
+        send.nbytes = _wire_bytes(send.snapshot, nbytes, nbits, send.wire)
+        send.label = self._label or (tag if isinstance(tag, str) else "message")
+        return self._post(send, self._machine.post_send)
+
+    def irecv(self, source=ANY, tag=0):
+        """Start receiving. Returns a Request whose `wait()` gives the arrays; `request.source` tells who sent them."""
+        receive = Receive(self._machine)
+        receive.collective = self._label
+        receive.rank, receive.matched, receive.payload, receive.wanted = (
+            self._processor.rank,
+            False,
+            None,
+            source,
+        )
+        receive.source = ANY if source is ANY else self._world(source, "source")
+        receive.key = (receive.rank, self._context, tag)
+        return self._post(receive, self._machine.post_receive)
+
+    def send(self, x, dest, tag=0, **wire):
+        """Send and wait until it has arrived. Options as for `isend`."""
+        self.isend(x, dest, tag, **wire).wait()
+
+    def recv(self, source=ANY, tag=0, timeout=None):
+        """Receive and wait. Returns the arrays."""
+        return self.irecv(source, tag).wait(timeout)
+
+    def sendrecv(self, x, dest, source=ANY, tag=0):
+        """Send and receive at once. Returns what arrived."""
+        return Both(self.isend(x, dest, tag), self.irecv(source, tag)).wait()
+
+    def ishift(self, x, by=1, tag=0, *, wire=None):
+        """Send to rank + by and receive from rank - by, round the ring. Returns a Request for what arrives."""
+        sent = self.isend(x, (self.rank + by) % self.size, tag, wire=wire)
+        return Both(sent, self.irecv((self.rank - by) % self.size, tag))
+
+    # ---- time and side tracks -------------------------------------------------------------------------------------
+
+    def sleep(self, seconds):
+        """Let virtual time pass."""
+        self.sleep_until(self.now + seconds)
+
+    def sleep_until(self, time):
+        """Let virtual time pass until `time`, if that is ahead."""
+        engine: Engine = self._machine.engine
+        engine.sleep_until(time)
+
+    def stream(self, name):
+        """The stream `name` of this rank: `with comm.stream("copy") as s:` queues work on it; `s.wait()` waits for it."""
+        streams = self._processor.streams
+        if name not in streams:
+            streams[name] = Stream(self._processor, name)
+        return streams[name]
+
+    def spawn(self, function, *args, name=None, **options):
+        """Run `function(*args, **options)` beside this rank's program. Returns a Request for its result."""
+        request = SubTask(self._machine)
+        request.name = name or getattr(function, "__name__", "task")
+        task = self._machine.engine.spawn(
+            lambda: request.complete(function(*args, **options)), self._processor.rank, self._processor
+        )
+        task.lane = getcurrent().lane
+        return request
+
+    # ---- groups ---------------------------------------------------------------------------------------------------
+
+    def group(self, ranks):
+        """A communicator of some of this one's ranks, without a word being sent: every member names the same ranks."""
+        ranks = tuple(ranks)
+        if self.rank not in ranks or len(set(ranks)) != len(ranks):
+            raise UnknownRank(f"rank {self.rank} must be in the group it forms, once; it named {ranks}")
+        world = tuple(self.ranks[self._checked(r, "group member")] for r in ranks)
+        return self._with(world, ("group", world))
+
+    def split(self, color, key=0):
+        """One communicator per color, its ranks ordered by (key, rank). A collective: all ranks call it. Takes no time."""
+        table = self._meet("split", (), (color, key))
+        members = sorted((k, r) for r, (c, k) in table.items() if c == color)
+        return self._with(tuple(self.ranks[r] for _, r in members), ("split", self._entered, str(color)))
+
+    def _with(self, ranks, what, label=None):
+        context = self._machine.contexts.setdefault((self._context, *what), len(self._machine.contexts) + 1)
+        other = Communicator(self._processor, ranks, context)
+        other._label = label
+        return other
+
+    # ---- inside ---------------------------------------------------------------------------------------------------
+
+    def _post(self, half, post):
+        stream = getcurrent().stream
+        if stream is None:
+            half.posted = self._machine.engine.now
+            post(half)
+        else:
+            stream.enqueue(lambda: (setattr(half, "posted", self.now), post(half), Request.wait(half)))
+        return half
+
+    def _checked(self, rank, what):
+        if not isinstance(rank, int) and not hasattr(rank, "__index__") or not 0 <= rank < self.size:
+            raise UnknownRank(
+                f"rank {self.rank}: {what}={rank!r} is not a rank of this communicator (0 … {self.size - 1})"
+            )
+        return int(rank)
+
+    def _world(self, rank, what):
+        return self.ranks[self._checked(rank, what)]
+
+
+def _wire_bytes(payload, nbytes, nbits, wire):
+    if nbits is not None:
+        nbytes = -(-nbits // 8)
+    if nbytes is None:
+        nbytes = _rounded_bytes(payload, wire)
+    if nbytes < 0:
+        raise ShapeError(f"a message cannot have {nbytes} bytes on the wire")
+    return nbytes
+
+
+def _rounded_bytes(payload, wire):
+    if isinstance(payload, np.ndarray):
+        return payload.nbytes if wire is None else payload.size * np.dtype(wire).itemsize
+    each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
+    return sum(_rounded_bytes(part, kind) for part, kind in zip(payload, each, strict=True))

@@ -1,0 +1,113 @@
+"""Links and devices, described by numbers. Rates are peaks from data sheets; efficiencies say what is attained.
+
+A link's bandwidth is in bytes per second and *per direction*: vendors quote both directions together.
+Build your own: `Link(bandwidth=50e9, latency=2e-6)`, `replace(A100, compute_efficiency=0.6)`.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+__all__ = ["Device", "Link", "devices", "links", "replace"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """One cable. `flow_cap` bounds a single flow (one copy engine may not fill a PCIe port)."""
+
+    bandwidth: float  # bytes/s in each direction
+    latency: float = 0.0  # seconds
+    duplex: bool = True  # False: both directions share `bandwidth`
+    flow_cap: float = math.inf  # bytes/s one flow can reach
+    name: str = ""
+
+    def __post_init__(self):
+        if not self.bandwidth > 0 or not self.flow_cap > 0:
+            raise ValueError(
+                f"a link needs bandwidth and flow_cap above 0 B/s, got {self.bandwidth} and {self.flow_cap}"
+            )
+        if not 0 <= self.latency < math.inf:
+            raise ValueError(f"a link needs a finite latency of at least 0 s, got {self.latency}")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A processor with memory: what one rank computes on.
+
+    flops              peak operations per second by dtype name, or one number for all. A dtype that is not listed
+                       runs at the slowest listed rate.
+    memory_bandwidth   bytes/s        memory_capacity  bytes        launch_overhead  seconds per kernel
+    compute_efficiency, memory_efficiency   share of the peak that kernels attain, in (0, 1]
+    overlap_slowdown   share of compute lost while messages enter or leave the device, in [0, 1)
+    """
+
+    name: str
+    flops: Mapping[str, float] | float
+    memory_bandwidth: float
+    memory_capacity: float = math.inf
+    launch_overhead: float = 0.0
+    compute_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    overlap_slowdown: float = 0.0
+
+    def __post_init__(self):
+        rates = self.flops.values() if isinstance(self.flops, Mapping) else [self.flops]
+        if not rates or not all(rate > 0 for rate in rates) or not self.memory_bandwidth > 0:
+            raise ValueError(f"device {self.name!r} needs flops and memory_bandwidth above 0")
+        if not (0 < self.compute_efficiency <= 1 and 0 < self.memory_efficiency <= 1):
+            raise ValueError(f"device {self.name!r}: efficiencies lie in (0, 1]")
+        if not 0 <= self.overlap_slowdown < 1:
+            raise ValueError(f"device {self.name!r}: overlap_slowdown lies in [0, 1)")
+
+    def rate(self, dtype):
+        """Attained operations per second for a numpy dtype or its name."""
+        if not isinstance(self.flops, Mapping):
+            return self.flops * self.compute_efficiency
+        return self.flops.get(str(dtype), min(self.flops.values())) * self.compute_efficiency
+
+    def seconds(self, flops, nbytes, dtype):
+        """The roofline: launch overhead + the larger of compute time and memory time."""
+        return self.launch_overhead + max(
+            flops / self.rate(dtype), nbytes / (self.memory_bandwidth * self.memory_efficiency)
+        )
+
+
+def _matrix(half, single, double):
+    return {"float16": half, "bfloat16": half, "float32": single, "float64": double}
+
+
+# Dense matrix peaks, FP16/BF16 tensor or matrix cores with FP32 accumulation; FP32 and FP64 as given in the same sheet.
+# Launch overhead: 5 µs, the order of magnitude of a CUDA kernel launch; not from a data sheet.
+IDEAL = Device("ideal", math.inf, math.inf)  # computes in no time: what remains is communication
+A10 = Device("A10", _matrix(125e12, 31.2e12, 0.976e12), 600e9, 24e9, 5e-6)  # NVIDIA A10 datasheet, 2021
+A100 = Device(
+    "A100", _matrix(312e12, 19.5e12, 19.5e12), 2.039e12, 80e9, 5e-6
+)  # A100 80 GB SXM datasheet, 2021
+H100 = Device("H100", _matrix(989.4e12, 66.9e12, 66.9e12), 3.35e12, 80e9, 5e-6)  # H100 SXM5 datasheet, 2022
+H200 = Device("H200", _matrix(989.4e12, 66.9e12, 66.9e12), 4.8e12, 141e9, 5e-6)  # H200 SXM datasheet, 2023
+MI250X = Device(
+    "MI250X", _matrix(191.5e12, 47.9e12, 47.9e12), 1.638e12, 64e9, 5e-6
+)  # one GCD: half the datasheet, 2021
+
+# Per GPU and per direction. NVLink: number of links × 25 GB/s (generation 2 on). PCIe: ×16, after 128b/130b encoding.
+NVLINK2 = Link(150e9, 2e-6, name="NVLink 2")  # V100 whitepaper: 6 links
+NVLINK3 = Link(300e9, 2e-6, name="NVLink 3")  # A100 whitepaper: 12 links
+NVLINK4 = Link(450e9, 2e-6, name="NVLink 4")  # H100 whitepaper: 18 links
+NVLINK5 = Link(900e9, 2e-6, name="NVLink 5")  # Blackwell brief: 18 links × 50 GB/s
+INFINITY_FABRIC = Link(50e9, 2e-6, name="Infinity Fabric")  # MI250X: one GCD-to-GCD link, 50 GB/s each way
+PCIE3 = Link(15.75e9, 2e-6, name="PCIe 3 x16")  # 8 GT/s × 16 × 128/130
+PCIE4 = Link(31.5e9, 2e-6, name="PCIe 4 x16")  # 16 GT/s × 16 × 128/130
+PCIE5 = Link(63.0e9, 2e-6, name="PCIe 5 x16")  # 32 GT/s × 16 × 128/130
+IB_HDR = Link(25e9, 3e-6, name="InfiniBand HDR")  # 200 Gb/s
+IB_NDR = Link(50e9, 3e-6, name="InfiniBand NDR")  # 400 Gb/s
+# Latencies above are orders of magnitude for a GPU-to-GPU message, not data-sheet figures.
+
+
+def devices():
+    """Named devices of this module, by name."""
+    return {value.name: value for value in globals().values() if isinstance(value, Device)}
+
+
+def links():
+    """Named links of this module, by constant name (`'NVLINK4'`)."""
+    return {name: value for name, value in globals().items() if isinstance(value, Link)}

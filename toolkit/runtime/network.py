@@ -1,0 +1,360 @@
+"""The fluid network: flows that share a link share it max-min fairly (progressive filling).
+
+A flow first pays its route's latency, then moves its bytes at its current fair rate. When flows start or end, only
+the flows that are connected to them through shared links get new rates; all others keep their finish times to the bit.
+The model is SimGrid's CM02 without TCP correction factors (Casanova et al. 2014), and the answers agree with it.
+"""
+
+import numpy as np
+from numba import njit
+
+INFINITY = float("inf")
+FREE, LATENT, ACTIVE = 0, 1, 2
+
+
+class FluidNetwork:
+    """Flows in flight on a topology. Drives nothing by itself: the engine asks `next_time` and calls `advance`.
+
+    on_finish(payload)   called for every flow that ends, in the order of their slots
+    """
+
+    def __init__(self, topology, on_finish):
+        self.topology, self.on_finish = topology, on_finish
+        self.next_time = INFINITY
+        self._links, self._capacity = {}, []  # medium -> number; bytes/s
+        self._route_of, self._routes = {}, []  # (a, b) -> number; (link numbers, latency, flow cap)
+        self._payload, self._free = [], []
+        self._starting = []  # (slot, route, bytes) of this instant
+        self._tables_stale = True
+        self._grow(64)
+
+    def start(self, a, b, nbytes, payload):
+        """Begin a flow of `nbytes` from device a to device b at the current instant (rates follow in `settle`)."""
+        route = self._route_of.get((a, b))
+        if route is None:
+            route = self._add_route(a, b)
+        if not self._free:
+            self._grow(2 * len(self._payload))
+        slot = self._free.pop()
+        self._payload[slot] = payload
+        self._starting += (slot, route, nbytes)
+
+    def in_flight(self):
+        """Payloads of the flows that have started and not ended."""
+        return [payload for payload in self._payload if payload is not None]
+
+    def settle(self, now):
+        """Give rates to everything that started at this instant."""
+        if self._starting:
+            if self._tables_stale:
+                self._rebuild_tables()
+            table = np.array(self._starting, np.float64).reshape(-1, 3)
+            self._starting = []
+            self._begin(table[:, 0].astype(np.int64), table[:, 1].astype(np.int64), table[:, 2].copy(), now)
+
+    def _begin(self, slots, routes, nbytes, now):
+        self.next_time = _begin(now, slots, routes, nbytes, *self._tables, *self._flows, *self._members)
+
+    def advance(self, now):
+        """Move to `now`: end the flows that are due, let those whose latency is over in, share anew."""
+        ended, self.next_time = _advance(now, *self._tables, *self._flows, *self._members)
+        slots = ended.tolist()
+        payloads = [self._payload[slot] for slot in slots]
+        for slot in slots:
+            self._payload[slot] = None
+        self._free += slots[::-1]
+        for payload in payloads:
+            self.on_finish(payload)
+
+    def _add_route(self, a, b):
+        edges = self.topology.route(a, b)
+        links, latency, cap = [], 0.0, INFINITY
+        for u, v in edges:
+            link, medium = self.topology.link(u, v), self.topology.medium(u, v)
+            if medium not in self._links:
+                self._links[medium] = len(self._capacity)
+                self._capacity.append(link.bandwidth)
+            number = self._links[medium]
+            if number not in links:  # there and back over one shared medium is one use
+                links.append(number)
+            latency, cap = latency + link.latency, min(cap, link.flow_cap)
+        self._route_of[a, b] = len(self._routes)
+        self._routes.append((links, latency, cap))
+        self._tables_stale = True
+        return self._route_of[a, b]
+
+    def _rebuild_tables(self):
+        hops = np.array([n for links, _, _ in self._routes for n in links], np.int64)
+        first = np.cumsum([0] + [len(links) for links, _, _ in self._routes])
+        latency = np.array([latency for _, latency, _ in self._routes])
+        cap = np.array([cap for _, _, cap in self._routes])
+        self._tables = (np.array(self._capacity), hops, first, latency, cap)
+        self._widen(max(1, int(np.diff(first).max())), len(self._capacity))
+        self._tables_stale = False
+
+    def _grow(self, slots):
+        """Room for `slots` flows. Columns: state, route, bytes left, rate, time of last change, next time."""
+        old = len(self._payload)
+        self._payload += [None] * (slots - old)
+        self._free += range(slots - 1, old - 1, -1)
+        columns = [np.zeros(slots, kind) for kind in (np.int8, np.int64, float, float, float, float)]
+        columns[5][:] = INFINITY
+        if old:
+            for new, before in zip(columns, self._flows, strict=True):
+                new[:old] = before
+        self._flows = tuple(columns)
+        width = self._members[1].shape[1] if old else 1
+        self._members = self._membership(slots, width, self._members if old else None, 0)
+
+    def _widen(self, width, links):
+        head, after, _ = self._members
+        if width > after.shape[1] or links > len(head):
+            self._members = self._membership(len(after), max(width, after.shape[1]), self._members, links)
+
+    @staticmethod
+    def _membership(slots, width, old, links):
+        """Who uses each link: doubly linked lists. Entry (slot, hop) is known by the flat number slot·2¹⁰ + hop."""
+        head = np.full(max(links, len(old[0]) if old else 0), -1, np.int64)
+        after, before = np.full((slots, width), -1, np.int64), np.full((slots, width), -1, np.int64)
+        if old:
+            head[: len(old[0])] = old[0]
+            after[: old[1].shape[0], : old[1].shape[1]] = old[1]
+            before[: old[2].shape[0], : old[2].shape[1]] = old[2]
+        return head, after, before
+
+
+HOP = 1024  # more hops than any route has
+
+
+@njit(cache=True)
+def _begin(
+    now,
+    slots,
+    routes,
+    nbytes,
+    capacity,
+    hops,
+    first,
+    latency,
+    cap,
+    state,
+    route,
+    left,
+    rate,
+    last,
+    due,
+    head,
+    after,
+    before,
+):
+    entering = np.empty(len(slots), np.int64)
+    count = 0
+    for i in range(len(slots)):
+        s, r = slots[i], routes[i]
+        route[s], left[s], rate[s], last[s] = r, nbytes[i], 0.0, now
+        state[s], due[s] = LATENT, now + latency[r]
+        if latency[r] == 0.0:
+            entering[count] = s
+            count += 1
+    links = np.empty(0, np.int64)
+    _share(
+        now,
+        entering[:count],
+        links,
+        capacity,
+        hops,
+        first,
+        cap,
+        state,
+        route,
+        left,
+        rate,
+        last,
+        due,
+        head,
+        after,
+        before,
+    )
+    return due.min()
+
+
+@njit(cache=True)
+def _advance(
+    now, capacity, hops, first, latency, cap, state, route, left, rate, last, due, head, after, before
+):
+    ended, entering = np.empty(len(state), np.int64), np.empty(len(state), np.int64)
+    freed, n_ended, n_entering, n_freed = np.empty(before.size, np.int64), 0, 0, 0
+    for s in range(len(state)):
+        if due[s] > now or state[s] == FREE:
+            continue
+        if state[s] == LATENT and left[s] > 0:
+            entering[n_entering] = s
+            n_entering += 1
+            continue
+        if state[s] == ACTIVE:
+            for h in range(first[route[s] + 1] - first[route[s]]):  # leave the links
+                link = hops[first[route[s]] + h]
+                b, a = before[s, h], after[s, h]
+                if b < 0:
+                    head[link] = a
+                else:
+                    after[b // HOP, b % HOP] = a
+                if a >= 0:
+                    before[a // HOP, a % HOP] = b
+                freed[n_freed] = link
+                n_freed += 1
+        state[s], due[s] = FREE, INFINITY
+        ended[n_ended] = s
+        n_ended += 1
+    _share(
+        now,
+        entering[:n_entering],
+        freed[:n_freed],
+        capacity,
+        hops,
+        first,
+        cap,
+        state,
+        route,
+        left,
+        rate,
+        last,
+        due,
+        head,
+        after,
+        before,
+    )
+    return ended[:n_ended], due.min()
+
+
+@njit(cache=True)
+def _share(
+    now, entering, freed, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before
+):
+    """Let flows in, then recompute the rates of every flow connected to a changed link."""
+    seen_link, seen_flow = np.zeros(len(capacity), np.bool_), np.zeros(len(state), np.bool_)
+    links, flows = np.empty(len(capacity), np.int64), np.empty(len(state), np.int64)
+    n_links = n_flows = 0
+    for s in entering:
+        state[s], last[s] = ACTIVE, now
+        seen_flow[s] = True
+        flows[n_flows] = s
+        n_flows += 1
+        if left[s] == 0.0:  # pays latency only and takes no bandwidth
+            state[s], due[s] = LATENT, now
+            n_flows -= 1
+            continue
+        for h in range(first[route[s] + 1] - first[route[s]]):  # join the links
+            link = hops[first[route[s]] + h]
+            after[s, h], before[s, h] = head[link], -1
+            if head[link] >= 0:
+                before[head[link] // HOP, head[link] % HOP] = s * HOP + h
+            head[link] = s * HOP + h
+            if not seen_link[link]:
+                seen_link[link] = True
+                links[n_links] = link
+                n_links += 1
+    for link in freed:
+        if not seen_link[link]:
+            seen_link[link] = True
+            links[n_links] = link
+            n_links += 1
+    i = 0
+    while i < n_links:  # everything reachable through shared links
+        entry = head[links[i]]
+        while entry >= 0:
+            s = entry // HOP
+            if not seen_flow[s]:
+                seen_flow[s] = True
+                flows[n_flows] = s
+                n_flows += 1
+            for k in range(first[route[s]], first[route[s] + 1]):
+                if not seen_link[hops[k]]:
+                    seen_link[hops[k]] = True
+                    links[n_links] = hops[k]
+                    n_links += 1
+            entry = after[s, entry % HOP]
+        i += 1
+    fair = _fill(links[:n_links], flows[:n_flows], capacity, hops, first, cap, route)
+    for i in range(n_flows):
+        s = flows[i]
+        if fair[i] == rate[s]:
+            continue  # an unchanged rate keeps its finish time to the bit
+        if last[s] < now:
+            left[s] = max(0.0, left[s] - rate[s] * (now - last[s]))
+        rate[s], last[s] = fair[i], now
+        due[s] = now + left[s] / fair[i]
+
+
+@njit(cache=True)
+def _fill(links, flows, capacity, hops, first, cap, route):
+    """Progressive filling: raise all rates together; whoever meets a full link or its own cap stays there."""
+    room, users = np.zeros(len(capacity)), np.zeros(len(capacity), np.int64)
+    fair, fixed = np.zeros(len(flows)), np.zeros(len(flows), np.bool_)
+    for link in links:
+        room[link] = capacity[link]
+    for s in flows:
+        for k in range(first[route[s]], first[route[s] + 1]):
+            users[hops[k]] += 1
+    stops, open_flows = np.empty(len(flows), np.int64), len(flows)
+    while open_flows > 0:
+        n_stops = 0
+        level = INFINITY
+        for link in links:
+            if users[link] > 0:
+                level = min(level, room[link] / users[link])
+        for i in range(len(flows)):
+            if not fixed[i]:
+                level = min(level, cap[route[flows[i]]])
+        limit = level * (1 + 1e-10)  # rounding must not split flows that tie
+        for i in range(len(flows)):
+            if fixed[i]:
+                continue
+            r = route[flows[i]]
+            full = cap[r] <= limit or level == INFINITY
+            for k in range(first[r], first[r + 1]):
+                full = full or room[hops[k]] <= limit * users[hops[k]]
+            if full:
+                fair[i] = level
+                stops[n_stops] = i
+                n_stops += 1
+        for i in stops[:n_stops]:
+            fixed[i] = True
+            open_flows -= 1
+            for k in range(first[route[flows[i]]], first[route[flows[i]] + 1]):
+                users[hops[k]] -= 1
+                if room[hops[k]] < INFINITY:
+                    room[hops[k]] = max(0.0, room[hops[k]] - fair[i])
+    return fair
+
+
+def simulate(topology, flows):
+    """Finish times of raw flows, without any program.
+
+    flows    sequence of (source device, destination device, bytes, start seconds)
+    returns  numpy array of finish times in seconds, in the order of `flows`
+    raises   ShapeError  an unknown device; ValueError  negative bytes or start
+    """
+    flows = list(flows)
+    for a, b, nbytes, start in flows:
+        if not nbytes >= 0 or not 0 <= start < INFINITY:
+            raise ValueError(
+                f"flow {a!r} → {b!r}: bytes and start must be finite and at least 0, got {nbytes} and {start}"
+            )
+    finish, now = np.zeros(len(flows)), 0.0
+
+    def done(i):
+        finish[i] = now
+
+    network = FluidNetwork(topology, done)
+    waiting = sorted(range(len(flows)), key=lambda i: -flows[i][3])
+    while waiting or network.next_time < INFINITY:
+        start = flows[waiting[-1]][3] if waiting else INFINITY
+        now = min(start, network.next_time)
+        if network.next_time <= now:
+            network.advance(now)
+        while waiting and flows[waiting[-1]][3] <= now:
+            i = waiting.pop()
+            network.start(*flows[i][:3], i)
+        network.settle(now)
+    return finish
