@@ -1,6 +1,8 @@
 """A cluster runs an SPMD program: the same function on every rank, each with its own communicator and shards."""
 
+import gc
 from collections.abc import Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -63,9 +65,22 @@ class Cluster:
                 _program(machine, program, comm, mine, named, outputs), processor.rank, processor
             )
             del mine, named
-        machine.engine.run(machine.deadlock)
+        with _without_collector():
+            machine.engine.run(machine.deadlock)
         machine.check_nothing_left()
         return Run(self, machine, outputs)
+
+
+@contextmanager
+def _without_collector():
+    """Python's cycle collector runs when it likes, which would free arrays at times that differ from run to run."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def _own(value, rank, size):

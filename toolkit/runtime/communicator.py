@@ -11,7 +11,7 @@ from greenlet import getcurrent
 from . import collectives
 from .engine import Engine
 from .errors import ShapeError, UnknownRank
-from .requests import Both, Receive, Request, Send, SubTask
+from .requests import Both, Receive, Request, Send, SubTask, call_site
 from .stream import Stream
 
 ANY = None  # recv(source=ANY): whoever sends first
@@ -57,30 +57,11 @@ class Communicator(collectives.Collectives):
         nbytes   size on the wire instead of the arrays' own (entropy-coded payloads); `nbits` is rounded up to bytes
         raises   UnknownRank, DtypeError
         """
-        send = Send(self._machine)
-        send.collective = self._label
-        send.rank, send.peer, send.matched, send.protected = self._processor.rank, dest, False, None
-        send.key = (self._world(dest, "dest"), self._context, tag)
-        send.payload = tuple(x) if isinstance(x, list) else x
-        self._machine.protect(send)
-        send.wire = None if isinstance(x, tuple) and not x else wire
-        send.nbytes = _wire_bytes(send.snapshot, nbytes, nbits, send.wire)
-        send.label = self._label or (tag if isinstance(tag, str) else "message")
-        return self._post(send, self._machine.post_send)
+        return self._isend(x, dest, tag, wire, nbytes if nbits is None else -(-nbits // 8), call_site())
 
     def irecv(self, source=ANY, tag=0):
         """Start receiving. Returns a Request whose `wait()` gives the arrays; `request.source` tells who sent them."""
-        receive = Receive(self._machine)
-        receive.collective = self._label
-        receive.rank, receive.matched, receive.payload, receive.wanted = (
-            self._processor.rank,
-            False,
-            None,
-            source,
-        )
-        receive.source = ANY if source is ANY else self._world(source, "source")
-        receive.key = (receive.rank, self._context, tag)
-        return self._post(receive, self._machine.post_receive)
+        return self._irecv(source, tag, call_site())
 
     def send(self, x, dest, tag=0, **wire):
         """Send and wait until it has arrived. Options as for `isend`."""
@@ -92,12 +73,16 @@ class Communicator(collectives.Collectives):
 
     def sendrecv(self, x, dest, source=ANY, tag=0):
         """Send and receive at once. Returns what arrived."""
-        return Both(self.isend(x, dest, tag), self.irecv(source, tag)).wait()
+        site = call_site()
+        return Both(self._isend(x, dest, tag, None, None, site), self._irecv(source, tag, site)).wait()
 
     def ishift(self, x, by=1, tag=0, *, wire=None):
         """Send to rank + by and receive from rank - by, round the ring. Returns a Request for what arrives."""
-        sent = self.isend(x, (self.rank + by) % self.size, tag, wire=wire)
-        return Both(sent, self.irecv((self.rank - by) % self.size, tag))
+        site, rank, size = call_site(), self.rank, self.size
+        return Both(
+            self._isend(x, (rank + by) % size, tag, wire, None, site),
+            self._irecv((rank - by) % size, tag, site),
+        )
 
     # ---- time and side tracks -------------------------------------------------------------------------------------
 
@@ -119,8 +104,7 @@ class Communicator(collectives.Collectives):
 
     def spawn(self, function, *args, name=None, **options):
         """Run `function(*args, **options)` beside this rank's program. Returns a Request for its result."""
-        request = SubTask(self._machine)
-        request.name = name or getattr(function, "__name__", "task")
+        request = SubTask(self._machine, name or getattr(function, "__name__", "task"), call_site())
         task = self._machine.engine.spawn(
             lambda: request.complete(function(*args, **options)), self._processor.rank, self._processor
         )
@@ -151,38 +135,48 @@ class Communicator(collectives.Collectives):
 
     # ---- inside ---------------------------------------------------------------------------------------------------
 
+    def _isend(self, x, dest, tag, wire, nbytes, site):
+        label = self._label or (tag if type(tag) is str else "message")
+        key = (self._world(dest, "dest"), self._context, tag)
+        send = Send(self._machine, label, site, self._processor.rank, key, self._label)
+        send.peer, send.payload = dest, tuple(x) if type(x) is list else x
+        send.wire = None if type(x) is tuple and not x else wire
+        self._machine.protect(send)
+        send.nbytes = _wire_bytes(send.payload, send.wire) if nbytes is None else nbytes
+        if send.nbytes < 0:
+            raise ShapeError(f"a message cannot have {send.nbytes} bytes on the wire")
+        return self._post(send, self._machine.post_send)
+
+    def _irecv(self, source, tag, site):
+        rank, label = self._processor.rank, self._label or (tag if type(tag) is str else "message")
+        receive = Receive(self._machine, label, site, rank, (rank, self._context, tag), self._label)
+        receive.payload, receive.wanted = None, source
+        receive.source = ANY if source is ANY else self._world(source, "source")
+        return self._post(receive, self._machine.post_receive)
+
     def _post(self, half, post):
         stream = getcurrent().stream
         if stream is None:
-            half.posted = self._machine.engine.now
             post(half)
         else:
             stream.enqueue(lambda: (setattr(half, "posted", self.now), post(half), Request.wait(half)))
         return half
 
     def _checked(self, rank, what):
-        if not isinstance(rank, int) and not hasattr(rank, "__index__") or not 0 <= rank < self.size:
+        if not hasattr(rank, "__index__") or not 0 <= rank < self.size:
             raise UnknownRank(
                 f"rank {self.rank}: {what}={rank!r} is not a rank of this communicator (0 … {self.size - 1})"
             )
         return int(rank)
 
     def _world(self, rank, what):
+        if type(rank) is int and 0 <= rank < self.size:
+            return self.ranks[rank]
         return self.ranks[self._checked(rank, what)]
 
 
-def _wire_bytes(payload, nbytes, nbits, wire):
-    if nbits is not None:
-        nbytes = -(-nbits // 8)
-    if nbytes is None:
-        nbytes = _rounded_bytes(payload, wire)
-    if nbytes < 0:
-        raise ShapeError(f"a message cannot have {nbytes} bytes on the wire")
-    return nbytes
-
-
-def _rounded_bytes(payload, wire):
+def _wire_bytes(payload, wire):
     if isinstance(payload, np.ndarray):
         return payload.nbytes if wire is None else payload.size * np.dtype(wire).itemsize
     each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
-    return sum(_rounded_bytes(part, kind) for part, kind in zip(payload, each, strict=True))
+    return sum(_wire_bytes(part, kind) for part, kind in zip(payload, each, strict=True))

@@ -8,12 +8,12 @@ from collections import defaultdict
 
 from greenlet import getcurrent
 
-from .arrays import copy_of, is_shape_only, leaves, map_arrays, round_to, same_bits
+from .arrays import copy_of, first_array, is_shape_only, leaves, map_arrays, round_to, same_bits
 from .engine import Engine
 from .errors import BufferInUse, DeadlockError, UnreceivedMessage
 from .memory import Memory
 from .network import FluidNetwork
-from .requests import Request, outside_runtime, site_text
+from .requests import Send, outside_runtime, site_text
 from .trace import Trace
 from .units import seconds
 
@@ -77,7 +77,7 @@ class Processor:
 
     def flows_changed(self, by):
         before, self.flows = self.flows > 0, self.flows + by
-        if self.device.overlap_slowdown and before != (self.flows > 0):
+        if before != (self.flows > 0):
             for task in self.slowed:
                 self.machine.engine.wake(task)
 
@@ -86,7 +86,8 @@ class Machine:
     """Everything one run shares: clock, network, mailboxes, trace."""
 
     def __init__(self, topology, devices):
-        self.topology = topology
+        self.topology, self._ranks = topology, topology.ranks
+        self._slowdown = any(device.overlap_slowdown for device in devices)
         self.network = FluidNetwork(topology, self._arrived)
         self.engine = Engine(self.network)
         self.trace = Trace()
@@ -119,10 +120,11 @@ class Machine:
         self._receives.setdefault(receive.key, []).append(receive)
 
     def withdraw(self, half):
+        """Take back a posted half that has not met its other side."""
         for box in (self._sends, self._receives):
             if half in box.get(half.key, ()):
                 self._take(box, half.key, box[half.key].index(half))
-        if hasattr(half, "protected"):
+        if isinstance(half, Send):
             self._release(half)
 
     @staticmethod
@@ -148,8 +150,8 @@ class Machine:
     def _arrived(self, message):
         send, receive, start = message
         source, dest = send.rank, receive.rank
-        self.processors[source].flows_changed(-1)
-        self.processors[dest].flows_changed(-1)
+        if self._slowdown:
+            self._flows_changed(send, receive, -1)
         self.traffic[source, dest] += send.nbytes
         self.trace.message(
             source, dest, send.label, send.nbytes, send.posted, receive.posted, start, self.engine.now
@@ -164,12 +166,18 @@ class Machine:
             round_to(send.wire, payload)
         receive.complete(payload)
 
+    def _flows_changed(self, send, receive, by):
+        for rank in {send.rank, receive.rank}:
+            self.processors[rank].flows_changed(by)
+
     # ---- buffers in flight ----------------------------------------------------------------------------------------
 
     def protect(self, send):
         """Copy what is sent and make the originals read-only until the message has arrived."""
-        send.snapshot = map_arrays(copy_of, send.payload)
-        send.protected = [a for a in leaves(send.payload) if not is_shape_only(a)]
+        send.snapshot, send.protected = map_arrays(copy_of, send.payload), None
+        if (first := first_array(send.payload)) is None or is_shape_only(first):
+            return
+        send.protected = list(leaves(send.payload))
         for array in send.protected:
             if entry := self._protected.get(id(array)):
                 entry[0] += 1
@@ -224,7 +232,7 @@ class Machine:
             if request.waiters and task in request.waiters:
                 request.waiters.remove(task)
         if engine.now > start:
-            self.trace.wait(task.rank, _label(request), start, engine.now)
+            self.trace.wait(task.rank, request.label, start, engine.now)
 
     def block_any(self, requests):
         engine, task = self.engine, getcurrent()
@@ -279,14 +287,6 @@ class Machine:
                     + "\n".join(lines)
                     + f"\n{advice}"
                 )
-
-
-def _label(request):
-    parts = request.requests() if isinstance(request, Request) else ()
-    labels = [part.label for part in parts if hasattr(part, "label")] or [
-        part.key[-1] for part in parts if hasattr(part, "key") and isinstance(part.key[-1], str)
-    ]
-    return labels[0] if labels else str(request).split("(")[0]
 
 
 def _blocked_at(task):

@@ -8,6 +8,17 @@ from .errors import RequestCancelled, RequestTimeout
 _HERE = str(Path(__file__).parent)
 
 
+class _Own(dict):
+    """File name -> is it one of the runtime's own? Remembered, because every message asks."""
+
+    def __missing__(self, file):
+        self[file] = file.startswith(_HERE)
+        return self[file]
+
+
+_own = _Own()
+
+
 def call_site():
     """Where the program called the runtime; `site_text` reads it."""
     return outside_runtime(sys._getframe(2))
@@ -15,7 +26,7 @@ def call_site():
 
 def outside_runtime(frame):
     """(code, last instruction) of the innermost frame that is not the runtime's own, or None."""
-    while frame is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame is not None and _own[frame.f_code.co_filename]:
         frame = frame.f_back
     return None if frame is None else (frame.f_code, frame.f_lasti)
 
@@ -34,13 +45,13 @@ def site_text(site):
 class Request:
     """Something under way. `wait()` returns its value: the received arrays, or a sub-task's result."""
 
-    __slots__ = ("cancelled", "done", "machine", "posted", "site", "value", "waiters")
+    __slots__ = ("cancelled", "done", "label", "machine", "posted", "site", "value", "waiters")
 
-    def __init__(self, machine):
-        self.machine = machine
-        self.posted, self.site = machine.engine.now, call_site()
+    def __init__(self, machine, label, site):
+        self.machine, self.label, self.site = machine, label, site
+        self.posted = machine.engine.now
         self.done = self.cancelled = False
-        self.value, self.waiters = None, None
+        self.value = self.waiters = None
 
     def wait(self, timeout=None):
         """Block until done and return the value.
@@ -83,6 +94,10 @@ class Half(Request):
 
     __slots__ = ("collective", "key", "matched", "rank")
 
+    def __init__(self, machine, label, site, rank, key, collective):
+        Request.__init__(self, machine, label, site)
+        self.rank, self.key, self.collective, self.matched = rank, key, collective, False
+
     def cancel(self):
         if self.matched or self.done:
             return False
@@ -95,7 +110,7 @@ class Half(Request):
 class Send(Half):
     """A posted send. The buffer is read-only until it is done."""
 
-    __slots__ = ("label", "nbytes", "payload", "peer", "protected", "snapshot", "wire")
+    __slots__ = ("nbytes", "payload", "peer", "protected", "snapshot", "wire")
 
     def __str__(self):
         return f"send(dest={self.peer}{tag_text(self.key)})" + _inside(self)
@@ -107,7 +122,9 @@ class Receive(Half):
     __slots__ = ("payload", "source", "wanted")
 
     def __str__(self):
-        return f"recv(source={'ANY' if self.wanted is None else self.wanted}{tag_text(self.key)})" + _inside(self)
+        return f"recv(source={'ANY' if self.wanted is None else self.wanted}{tag_text(self.key)})" + _inside(
+            self
+        )
 
 
 class Both(Request):
@@ -117,8 +134,8 @@ class Both(Request):
 
     def __init__(self, send, receive):
         self.send, self.receive = send, receive
-        self.machine, self.site, self.posted = send.machine, send.site, send.posted
-        self.waiters, self.cancelled = None, False
+        self.machine, self.site, self.label = send.machine, send.site, send.label
+        self.cancelled = False
 
     @property
     def done(self):
@@ -131,7 +148,8 @@ class Both(Request):
     def wait(self, timeout=None):
         deadline = None if timeout is None else self.machine.engine.now + timeout
         received = self.receive.wait(timeout)
-        self.send.wait(None if deadline is None else deadline - self.machine.engine.now)
+        if not self.send.done:
+            self.send.wait(None if deadline is None else deadline - self.machine.engine.now)
         return received
 
     def cancel(self):
@@ -147,10 +165,10 @@ class Both(Request):
 class SubTask(Request):
     """A function running beside its rank's program; `wait()` gives its result."""
 
-    __slots__ = ("name",)
+    __slots__ = ()
 
     def __str__(self):
-        return self.name
+        return self.label
 
 
 def tag_text(key):

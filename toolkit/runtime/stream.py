@@ -14,7 +14,7 @@ from collections import deque
 
 from greenlet import getcurrent
 
-from .requests import SubTask
+from .requests import SubTask, call_site
 
 
 class Stream:
@@ -43,8 +43,7 @@ class Stream:
 
     def wait(self, timeout=None):
         """Block the program until everything queued so far is done."""
-        done = SubTask(self.processor.machine)
-        done.name = f"stream {self.name!r}"
+        done = SubTask(self.processor.machine, f"stream {self.name!r}", call_site())
         outer, getcurrent().stream = getcurrent().stream, None
         self.enqueue(done.complete)
         try:

@@ -17,9 +17,6 @@ from toolkit.runtime.collectives import concatenate
 from toolkit.runtime.errors import ShapeError
 from toolkit.runtime.layout import LAYOUTS
 
-TITLE = "Ring attention"
-IDEA = "Rotate keys and values round a ring while the previous block is being computed."
-PAPER = "liu2023ring"
 
 EVERYTHING = slice(None)
 

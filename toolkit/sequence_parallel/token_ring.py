@@ -19,9 +19,6 @@ from toolkit.runtime.errors import ShapeError
 
 from .ring_attention import gradients, visible
 
-TITLE = "TokenRing"
-IDEA = "Rotate queries one way and return results the other, so that both directions of a link work."
-PAPER = "wang2024tokenring"
 
 
 def attention(comm, q, k, v, *, causal=False, layout="contiguous", return_lse=False, wire_dtype=None, rule=None):
