@@ -37,7 +37,12 @@ def main(arguments=None):
 def list_systems(_):
     from toolkit.show import text
 
-    print(text.table([(s.title, s.part, s.source, s.chapter) for s in systems()], ("system", "part", "paper", "chapter")))
+    print(
+        text.table(
+            [(s.title, s.part, s.source.split("; ")[0], s.chapter) for s in systems()],
+            ("system", "part", "paper", "chapter"),
+        )
+    )
 
 
 def run_claims(options):
@@ -66,7 +71,9 @@ def _add_run(commands):
     run.add_argument("--device", type=_one_of(hardware.devices()), default="H100", help=", ".join(hardware.devices()))
     run.add_argument("--topology", choices=list(MACHINES), default="mesh")
     run.add_argument("--link", type=_one_of(hardware.links()), help=", ".join(hardware.links()))
-    run.add_argument("--bandwidth", type=float, metavar="GB/S", help="of the link in each direction, instead of its own")
+    run.add_argument(
+        "--bandwidth", type=float, metavar="GB/S", help="of the link in each direction, instead of its own"
+    )
     run.add_argument("--shape-only", action="store_true", help="no data: any size runs in seconds")
     run.add_argument("--perfetto", metavar="FILE", help="write the first system's trace for ui.perfetto.dev")
     run.set_defaults(go=run_system)
@@ -152,7 +159,14 @@ def _arrays(options):
     return [rng.standard_normal(shape).astype(options.dtype) for shape in shapes]
 
 
-HEADERS = ("system", "step time", "exposed communication", "sent by a rank", "busiest link, each way", "peak memory a rank")
+HEADERS = (
+    "system",
+    "step time",
+    "exposed communication",
+    "sent by a rank",
+    "busiest link, each way",
+    "peak memory a rank",
+)
 
 
 def _row(name, run):

@@ -1,6 +1,6 @@
 """Which systems exist: found by looking at the modules, so that no list can go stale.
 
-A system's docstring begins "Name: idea", names its source in a line "Source: …" and its chapter in "Chapter: part/name".
+A system's docstring begins "Name: idea" and names its paper in a line "Source: …".
 """
 
 import ast

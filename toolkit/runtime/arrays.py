@@ -97,7 +97,5 @@ def round_to(dtype, value):
         if dtype is not None and not is_shape_only(value):
             value[...] = value.astype(dtype)
         return
-    for kind, part in zip(
-        dtype if isinstance(dtype, (tuple, list)) else [dtype] * len(value), value, strict=True
-    ):
+    for kind, part in zip(dtype if isinstance(dtype, (tuple, list)) else [dtype] * len(value), value, strict=True):
         round_to(kind, part)

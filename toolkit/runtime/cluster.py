@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from greenlet import getcurrent
 
-from .arrays import copy_of, map_arrays
+from .arrays import copy_of
 from .communicator import Communicator
 from .engine import Task
 from .errors import RuntimeFault, ShapeError
@@ -34,9 +34,7 @@ class Cluster:
         self.size = len(topology.ranks)
         self.devices = [device] * self.size if isinstance(device, Device) else list(device)
         if len(self.devices) != self.size:
-            raise ShapeError(
-                f"{len(self.devices)} devices were given for the {self.size} ranks of {topology.name}"
-            )
+            raise ShapeError(f"{len(self.devices)} devices were given for the {self.size} ranks of {topology.name}")
 
     @property
     def device(self):
@@ -61,9 +59,7 @@ class Cluster:
             named = {name: _own(value, processor.rank, self.size) for name, value in options.items()}
             processor.memory.track((mine, list(named.values())), "argument")
             comm = Communicator(processor, everyone)
-            machine.engine.spawn(
-                _program(machine, program, comm, mine, named, outputs), processor.rank, processor
-            )
+            processor.spawn(_program(program, comm, mine, named, outputs))
             del mine, named
         with _without_collector():
             machine.engine.run(machine.deadlock)
@@ -93,7 +89,7 @@ def _own(value, rank, size):
     return value
 
 
-def _program(machine, program, comm, mine, named, outputs):
+def _program(program, comm, mine, named, outputs):
     # Arguments are spelled out and popped, so that the program's own frame holds the only reference to its arrays:
     # a rank that rebinds `k` frees the memory. A call f(*args) would keep the tuple alive.
     words = ["comm", *("mine.pop()" for _ in mine), *(f"{name}=named.pop({name!r})" for name in named)]
@@ -101,15 +97,7 @@ def _program(machine, program, comm, mine, named, outputs):
     call = eval(f"lambda program, comm, mine, named: program({', '.join(words)})")
 
     def body():
-        rank = comm.rank
-        try:
-            outputs[rank] = call(program, comm, mine, named)
-        except Exception as error:
-            if isinstance(error, ValueError) and "read-only" in str(error):
-                if sends := machine.sends_in_flight(rank):
-                    error = machine.buffer_in_use(rank, sends).with_traceback(error.__traceback__)
-            error.add_note(f"raised on rank {rank} of {comm.size} at {seconds(machine.engine.now)}")
-            raise error
+        outputs[comm.rank] = call(program, comm, mine, named)
 
     return body
 

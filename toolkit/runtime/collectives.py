@@ -19,9 +19,11 @@ Ring algorithms move the least bytes; logarithmic ones take the fewest steps (Th
 The adjoint of each (what its backward pass must do to gradients) is in `ADJOINT`.
 """
 
+from itertools import pairwise
+
 import numpy as np
 
-from .arrays import first_array, is_shape_only, like
+from .arrays import first_array, like
 from .errors import CollectiveMismatch, DtypeError, ShapeError
 from .kernel import Cost, kernel
 from .requests import call_site, site_text
@@ -48,7 +50,7 @@ def combine(x, y, op="sum"):
 
 def _joined(parts, axis=0):
     first = parts[0]
-    return first.shape[:axis] + (sum(part.shape[axis] for part in parts),) + first.shape[axis + 1 :]
+    return (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
 
 
 @kernel(
@@ -100,7 +102,7 @@ class Collectives:
         return concatenate(tuple(parts), axis)
 
     def reduce_scatter(self, x, *, op="sum", algorithm="ring"):
-        """Part `rank` of the sum over ranks. `x`: one array, cut evenly along axis 0, or p arrays (sizes may differ)."""
+        """Part `rank` of the sum over ranks. `x`: an array, cut evenly along axis 0, or p arrays of any sizes."""
         return self._collective(
             "reduce_scatter",
             {"ring": _ring_reduce_scatter, "recursive_halving": _bruck_reduce_scatter},
@@ -121,9 +123,7 @@ class Collectives:
 
     def all_to_all(self, x, *, algorithm="pairwise"):
         """Part j of `x` goes to rank j. p arrays in, p arrays out; or one array, cut and joined along axis 0."""
-        received = self._collective(
-            "all_to_all", {"pairwise": _pairwise_all_to_all}, algorithm, _parts(x, self.size)
-        )
+        received = self._collective("all_to_all", {"pairwise": _pairwise_all_to_all}, algorithm, _parts(x, self.size))
         return concatenate(tuple(received)) if isinstance(x, np.ndarray) else tuple(received)
 
     def barrier(self, *, algorithm="dissemination"):
@@ -182,8 +182,8 @@ def _non_blocking(name):
     blocking = getattr(Collectives, name)
 
     def start(self, *args, **options):
+        self._agree(f"i{name}", {})
         # A communicator of its own keeps the order of entry, whatever the sub-task does when.
-        self._entered += 1
         twin = self._with(self.ranks, (f"i{name}", self._entered))
         return self.spawn(lambda: blocking(twin, *args, **options), name=f"i{name}")
 
@@ -203,9 +203,7 @@ def _array(name, x):
 
 
 def _at_least_1d(x):
-    return (
-        _array("gather", x).reshape(1) if isinstance(x, np.ndarray) and x.ndim == 0 else _array("gather", x)
-    )
+    return _array("gather", x).reshape(1) if isinstance(x, np.ndarray) and x.ndim == 0 else _array("gather", x)
 
 
 def _parts(x, size):
@@ -216,7 +214,7 @@ def _parts(x, size):
         return tuple(x)
     if _array("the collective", x).ndim == 0 or x.shape[0] % size:
         raise ShapeError(
-            f"axis 0 of shape {x.shape} does not divide into {size} equal parts: pad it, or pass {size} arrays of any sizes"
+            f"axis 0 of shape {x.shape} does not divide into {size} equal parts: pad it, or pass {size} arrays"
         )
     n = x.shape[0] // size
     return tuple(x[i * n : (i + 1) * n] for i in range(size))
@@ -228,9 +226,7 @@ def _parts(x, size):
 def _ring_all_gather(comm, x):
     parts = {comm.rank: x}
     for step in range(comm.size - 1):
-        parts[(comm.rank - step - 1) % comm.size] = comm.ishift(
-            parts[(comm.rank - step) % comm.size], by=1
-        ).wait()
+        parts[(comm.rank - step - 1) % comm.size] = comm.ishift(parts[(comm.rank - step) % comm.size], by=1).wait()
     return [parts[r] for r in range(comm.size)]
 
 
@@ -244,9 +240,14 @@ def _ring_reduce_scatter(comm, parts, op):
 
 def _ring_all_reduce(comm, x, op):
     flat = x.reshape(-1)
-    cuts = [flat.size * i // comm.size for i in range(comm.size + 1)]
-    mine = _ring_reduce_scatter(comm, [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)], op)
+    mine = _ring_reduce_scatter(comm, _cut(flat, comm.size), op)
     return concatenate(tuple(_ring_all_gather(comm, mine))).reshape(x.shape)
+
+
+def _cut(flat, parts):
+    """Views of nearly equal length: nothing is padded."""
+    cuts = [flat.size * i // parts for i in range(parts + 1)]
+    return [flat[a:b] for a, b in pairwise(cuts)]
 
 
 def _ring_broadcast(comm, x, root):
@@ -363,20 +364,17 @@ def _doubling_all_reduce(comm, x, op):
     for reach in _powers(core):
         peer = comm.rank ^ reach
         other = comm.sendrecv(x, peer, peer)
-        x = (
-            combine(x, other, op) if comm.rank < peer else combine(other, x, op)
-        )  # same order, same bits, on both sides
+        x = combine(x, other, op) if comm.rank < peer else combine(other, x, op)  # same order, same bits, on both sides
     if comm.rank + core < comm.size:
         comm.send(x, comm.rank + core)
     return x
 
 
 def _hierarchical_all_reduce(comm, x, op):
-    """Reduce-scatter inside each node, all-reduce across nodes, all-gather inside: the slow links carry 1/P of the bytes."""
+    """Reduce-scatter inside each node, all-reduce across, all-gather inside: slow links carry 1/P of the bytes."""
     inner, outer = _grid(comm)
     flat = x.reshape(-1)
-    cuts = [flat.size * i // inner.size for i in range(inner.size + 1)]
-    mine = _ring_reduce_scatter(inner, [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)], op)
+    mine = _ring_reduce_scatter(inner, _cut(flat, inner.size), op)
     mine = _ring_all_reduce(outer, mine, op)
     return concatenate(tuple(_ring_all_gather(inner, mine))).reshape(x.shape)
 
@@ -388,9 +386,7 @@ def _grid(comm):
     for r, world in enumerate(comm.ranks):
         nodes.setdefault(where[world], []).append(r)
     if len({len(members) for members in nodes.values()}) != 1:
-        raise ShapeError(
-            "hierarchical collectives need the same number of ranks on every node; use algorithm='ring'"
-        )
+        raise ShapeError("hierarchical collectives need the same number of ranks on every node; use algorithm='ring'")
     node = next(members for members in nodes.values() if comm.rank in members)
     column = [members[node.index(comm.rank)] for members in nodes.values()]
     inner, outer = comm.group(node), comm.group(column)

@@ -96,7 +96,7 @@ class Communicator(collectives.Collectives):
         engine.sleep_until(time)
 
     def stream(self, name):
-        """The stream `name` of this rank: `with comm.stream("copy") as s:` queues work on it; `s.wait()` waits for it."""
+        """The stream `name` of this rank: `with comm.stream("copy") as s:` queues work; `s.wait()` waits for it."""
         streams = self._processor.streams
         if name not in streams:
             streams[name] = Stream(self._processor, name)
@@ -105,9 +105,7 @@ class Communicator(collectives.Collectives):
     def spawn(self, function, *args, name=None, **options):
         """Run `function(*args, **options)` beside this rank's program. Returns a Request for its result."""
         request = SubTask(self._machine, name or getattr(function, "__name__", "task"), call_site())
-        task = self._machine.engine.spawn(
-            lambda: request.complete(function(*args, **options)), self._processor.rank, self._processor
-        )
+        task = self._processor.spawn(lambda: request.complete(function(*args, **options)))
         task.lane = getcurrent().lane
         return request
 
@@ -122,7 +120,7 @@ class Communicator(collectives.Collectives):
         return self._with(world, ("group", world))
 
     def split(self, color, key=0):
-        """One communicator per color, its ranks ordered by (key, rank). A collective: all ranks call it. Takes no time."""
+        """One communicator per color, its ranks ordered by (key, rank). All ranks call it; it takes no time."""
         table = self._meet("split", (), (color, key))
         members = sorted((k, r) for r, (c, k) in table.items() if c == color)
         return self._with(tuple(self.ranks[r] for _, r in members), ("split", self._entered, str(color)))

@@ -1,7 +1,7 @@
 """The event engine: a virtual clock, tasks that are greenlets, timers. Knows nothing of ranks' programs or messages.
 
 The engine always resumes the runnable task with the smallest virtual time, ties by rank, then by sequence number:
-the same program gives the same order of events, always. Tasks run only at `engine.now`; nothing runs ahead of the clock.
+the same program gives the same order of events, always. Nothing runs ahead of the clock.
 """
 
 from heapq import heappop, heappush
@@ -25,7 +25,7 @@ class Task(greenlet):
 class Timer:
     """A function to call at a time, unless cancelled."""
 
-    __slots__ = ("function", "cancelled")
+    __slots__ = ("cancelled", "function")
 
     def __init__(self, function):
         self.function, self.cancelled = function, False
@@ -122,9 +122,9 @@ class Engine:
             self._end_tasks()
 
     def _has_work(self):
-        return any(
-            type(e[3]) is Task or not e[3].cancelled for e in self._heap
-        ) or self.network.next_time < float("inf")
+        return any(type(e[3]) is Task or not e[3].cancelled for e in self._heap) or self.network.next_time < float(
+            "inf"
+        )
 
     def _release_pollers(self):
         """Resume polling tasks right after the next event, whenever that is."""

@@ -80,9 +80,7 @@ def _matrix(half, single, double):
 # Launch overhead: 5 µs, the order of magnitude of a CUDA kernel launch; not from a data sheet.
 IDEAL = Device("ideal", math.inf, math.inf)  # computes in no time: what remains is communication
 A10 = Device("A10", _matrix(125e12, 31.2e12, 0.976e12), 600e9, 24e9, 5e-6)  # NVIDIA A10 datasheet, 2021
-A100 = Device(
-    "A100", _matrix(312e12, 19.5e12, 19.5e12), 2.039e12, 80e9, 5e-6
-)  # A100 80 GB SXM datasheet, 2021
+A100 = Device("A100", _matrix(312e12, 19.5e12, 19.5e12), 2.039e12, 80e9, 5e-6)  # A100 80 GB SXM datasheet, 2021
 H100 = Device("H100", _matrix(989.4e12, 66.9e12, 66.9e12), 3.35e12, 80e9, 5e-6)  # H100 SXM5 datasheet, 2022
 H200 = Device("H200", _matrix(989.4e12, 66.9e12, 66.9e12), 4.8e12, 141e9, 5e-6)  # H200 SXM datasheet, 2023
 MI250X = Device(

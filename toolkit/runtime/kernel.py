@@ -23,7 +23,7 @@ from .errors import RuntimeFault
 
 
 class Cost(NamedTuple):
-    """What one call costs: operations, bytes to and from memory, and the dtype whose rate applies (default: first array's)."""
+    """What one call costs: operations, bytes to and from memory, and whose rate applies (default: first array's)."""
 
     flops: float = 0.0
     bytes: float = 0.0
@@ -56,11 +56,7 @@ def kernel(*, cost: Callable, out: Callable | None = None):
                     result = function(*args, **options)
                 finally:
                     task.in_kernel = False
-            dtype = (
-                declared[2]
-                if len(declared) > 2 and declared[2] is not None
-                else getattr(array, "dtype", "float64")
-            )
+            dtype = declared[2] if len(declared) > 2 and declared[2] is not None else getattr(array, "dtype", "float64")
             task.owner.compute(name, declared[0], declared[1], dtype, result)
             return result
 

@@ -64,7 +64,7 @@ def cut(array, axis, layout, rank, size):
     """The part of `array` that `rank` holds, in memory of its own."""
     index = positions(layout, rank, size, array.shape[axis])
     if is_shape_only(array):
-        return like(array.shape[:axis] + (len(index),) + array.shape[axis + 1 :], array.dtype)
+        return like((*array.shape[:axis], len(index), *array.shape[axis + 1 :]), array.dtype)
     return np.ascontiguousarray(np.take(array, index, axis))
 
 
@@ -102,7 +102,7 @@ def _assemble(arrays, axis, layout):
     n, size = sum(a.shape[axis] for a in arrays), len(arrays)
     if is_shape_only(arrays[0]):
         axis %= arrays[0].ndim
-        return like(arrays[0].shape[:axis] + (n,) + arrays[0].shape[axis + 1 :], arrays[0].dtype)
+        return like((*arrays[0].shape[:axis], n, *arrays[0].shape[axis + 1 :]), arrays[0].dtype)
     joined = np.concatenate(arrays, axis)
     if layout == "contiguous":
         return joined

@@ -6,6 +6,7 @@ the receiver's copy counts as the receiver's memory.
 
 from collections import defaultdict
 
+import numpy as np
 from greenlet import getcurrent
 
 from .arrays import copy_of, first_array, is_shape_only, leaves, map_arrays, round_to, same_bits
@@ -28,6 +29,22 @@ class Processor:
         self.streams = {}
         self.flows = 0  # transfers that enter or leave this device now
         self.slowed = []  # tasks whose kernel runs at a speed that depends on `flows`
+
+    def spawn(self, function):
+        """Run `function()` as a task of this rank. What it raises ends the run, with a note naming the rank."""
+
+        def body():
+            try:
+                function()
+            except Exception as error:
+                machine = self.machine
+                if isinstance(error, ValueError) and "read-only" in str(error):
+                    if sends := machine.sends_in_flight(self.rank):
+                        error = machine.buffer_in_use(self.rank, sends).with_traceback(error.__traceback__)
+                error.add_note(f"raised on rank {self.rank} at {seconds(machine.engine.now)}")
+                raise error
+
+        return self.machine.engine.spawn(body, self.rank, self)
 
     def compute(self, name, flops, nbytes, dtype, result):
         """Run a kernel: take the engine when it is free, for as long as the roofline says."""
@@ -103,7 +120,7 @@ class Machine:
     def post_send(self, send):
         """Match a send with the oldest receive that takes it, or keep it."""
         waiting = self._receives.get(send.key)
-        if waiting:
+        if waiting is not None:
             for index, receive in enumerate(waiting):
                 if receive.source is None or receive.source == send.rank:
                     self._take(self._receives, send.key, index)
@@ -143,9 +160,7 @@ class Machine:
         sender.flows_changed(+1)
         receiver.flows_changed(+1)
         ranks = self.topology.ranks
-        self.network.start(
-            ranks[send.rank], ranks[receive.rank], send.nbytes, (send, receive, self.engine.now)
-        )
+        self.network.start(ranks[send.rank], ranks[receive.rank], send.nbytes, (send, receive, self.engine.now))
 
     def _arrived(self, message):
         send, receive, start = message
@@ -153,9 +168,7 @@ class Machine:
         if self._slowdown:
             self._flows_changed(send, receive, -1)
         self.traffic[source, dest] += send.nbytes
-        self.trace.message(
-            source, dest, send.label, send.nbytes, send.posted, receive.posted, start, self.engine.now
-        )
+        self.trace.message(source, dest, send.label, send.nbytes, send.posted, receive.posted, start, self.engine.now)
         if send.protected:
             self._check_untouched(send, receive.payload)
             self._release(send)
@@ -174,8 +187,10 @@ class Machine:
 
     def protect(self, send):
         """Copy what is sent and make the originals read-only until the message has arrived."""
-        send.snapshot, send.protected = map_arrays(copy_of, send.payload), None
-        if (first := first_array(send.payload)) is None or is_shape_only(first):
+        payload = send.payload
+        send.snapshot = copy_of(payload) if type(payload) is np.ndarray else map_arrays(copy_of, payload)
+        send.protected = None
+        if (first := first_array(payload)) is None or is_shape_only(first):
             return
         send.protected = list(leaves(send.payload))
         for array in send.protected:
@@ -221,9 +236,7 @@ class Machine:
         engine, task = self.engine, getcurrent()
         start, expired, timer = engine.now, [], None
         if timeout is not None:
-            timer = engine.call_at(
-                start + timeout, lambda: (expired.append(True), engine.wake(task)), task.rank
-            )
+            timer = engine.call_at(start + timeout, lambda: (expired.append(True), engine.wake(task)), task.rank)
         while not request.done and not expired:
             request.waiters = [*(request.waiters or ()), task]
             engine.park(request)
@@ -257,17 +270,13 @@ class Machine:
         stuck = sorted((t.rank, str(t.waiting_for), t.since, _blocked_at(t)) for t in tasks)
         width = max(len(what) for _, what, _, _ in stuck)
         lines = [
-            f"  rank {r}   {what:<{width}}   since {seconds(since)}   {site}"
-            for r, what, since, site in stuck[:16]
+            f"  rank {r}   {what:<{width}}   since {seconds(since)}   {site}" for r, what, since, site in stuck[:16]
         ]
         if len(stuck) > 16:
             lines.append(f"  … and {len(stuck) - 16} more")
-        raise DeadlockError(
-            f"Deadlock at {seconds(self.engine.now)}: {_diagnosis([what for _, what, _, _ in stuck], len(self.processors))}\n"
-            + "\n".join(lines)
-            + "\n"
-            + _advice([what for _, what, _, _ in stuck])
-        )
+        waits = [what for _, what, _, _ in stuck]
+        first = f"Deadlock at {seconds(self.engine.now)}: {_diagnosis(waits, len(self.processors))}"
+        raise DeadlockError("\n".join([first, *lines, _advice(waits)]))
 
     def check_nothing_left(self):
         """After a clean end: no message may be left without its other side."""
@@ -283,9 +292,7 @@ class Machine:
             if left:
                 lines = [f"  rank {h.rank}   {h}   posted at {site_text(h.site)}" for h in left[:8]]
                 raise UnreceivedMessage(
-                    f"the run ended, and {len(left)} posted operation(s) {text}:\n"
-                    + "\n".join(lines)
-                    + f"\n{advice}"
+                    f"the run ended, and {len(left)} posted operation(s) {text}:\n" + "\n".join(lines) + f"\n{advice}"
                 )
 
 
@@ -306,4 +313,4 @@ def _diagnosis(waits, ranks):
 def _advice(waits):
     if all(what.startswith(("recv", "send")) for what in waits):
         return "Post one side first: isend before recv, or ishift, which does both."
-    return "Every rank of a communicator must enter the same collectives in the same order; every message needs both sides."
+    return "All ranks must enter the same collectives in the same order; every message needs both sides."

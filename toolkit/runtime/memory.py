@@ -13,7 +13,7 @@ from .units import size
 class _Block(weakref.ref):
     """A live array of a rank: goes away with the array and takes its bytes off the count."""
 
-    __slots__ = ("key", "nbytes", "name", "memory")
+    __slots__ = ("key", "memory", "name", "nbytes")
 
 
 class Memory:

@@ -179,9 +179,7 @@ def _begin(
 
 
 @njit(cache=True)
-def _advance(
-    now, capacity, hops, first, latency, cap, state, route, left, rate, last, due, head, after, before
-):
+def _advance(now, capacity, hops, first, latency, cap, state, route, left, rate, last, due, head, after, before):
     ended, entering = np.empty(len(state), np.int64), np.empty(len(state), np.int64)
     freed, n_ended, n_entering, n_freed = np.empty(before.size, np.int64), 0, 0, 0
     for s in range(len(state)):
@@ -228,9 +226,7 @@ def _advance(
 
 
 @njit(cache=True)
-def _share(
-    now, entering, freed, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before
-):
+def _share(now, entering, freed, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before):
     """Let flows in, then recompute the rates of every flow connected to a changed link."""
     seen_link, seen_flow = np.zeros(len(capacity), np.bool_), np.zeros(len(state), np.bool_)
     links, flows = np.empty(len(capacity), np.int64), np.empty(len(state), np.int64)

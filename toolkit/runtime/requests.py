@@ -36,9 +36,7 @@ def site_text(site):
     if site is None:
         return "?"
     code, last = site
-    line = next(
-        (line for start, end, line in code.co_lines() if start <= last < end and line), code.co_firstlineno
-    )
+    line = next((line for start, end, line in code.co_lines() if start <= last < end and line), code.co_firstlineno)
     return f"{Path(code.co_filename).name}:{line}"
 
 
@@ -95,8 +93,11 @@ class Half(Request):
     __slots__ = ("collective", "key", "matched", "rank")
 
     def __init__(self, machine, label, site, rank, key, collective):
-        Request.__init__(self, machine, label, site)
-        self.rank, self.key, self.collective, self.matched = rank, key, collective, False
+        self.machine, self.label, self.site = machine, label, site
+        self.posted = machine.engine.now
+        self.done = self.cancelled = self.matched = False
+        self.value = self.waiters = None
+        self.rank, self.key, self.collective = rank, key, collective
 
     def cancel(self):
         if self.matched or self.done:
@@ -122,9 +123,7 @@ class Receive(Half):
     __slots__ = ("payload", "source", "wanted")
 
     def __str__(self):
-        return f"recv(source={'ANY' if self.wanted is None else self.wanted}{tag_text(self.key)})" + _inside(
-            self
-        )
+        return f"recv(source={'ANY' if self.wanted is None else self.wanted}{tag_text(self.key)})" + _inside(self)
 
 
 class Both(Request):

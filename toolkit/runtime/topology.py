@@ -1,11 +1,12 @@
 """Machines as graphs: devices, switches and hosts, joined by links.
 
 A topology is a networkx DiGraph whose edges carry `link=hardware.Link`; full duplex is two edges. Devices are the
-nodes 0 … n-1, so a rank's number is its node. Edges that share one medium (a half-duplex link) share an attribute `medium`.
+nodes 0 … n-1, so a rank's number is its node. Edges of one half-duplex medium share the attribute `medium`.
 """
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import networkx as nx
 
@@ -36,10 +37,8 @@ class Topology:
             try:
                 nodes = self.path(a, b) if self.path else nx.shortest_path(self.graph, a, b)
             except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
-                raise ShapeError(
-                    f"{self.name}: no route from {a!r} to {b!r}; connect them with an edge"
-                ) from error
-            found = self._routes[a, b] = list(zip(nodes, nodes[1:], strict=False))
+                raise ShapeError(f"{self.name}: no route from {a!r} to {b!r}; connect them with an edge") from error
+            found = self._routes[a, b] = list(pairwise(nodes))
         return found
 
     def link(self, u: Hashable, v: Hashable) -> Link:
@@ -93,9 +92,7 @@ def switch(n, link):
     graph = _empty(n)
     for a in range(n):
         _join(graph, a, "switch", link)
-    return Topology(
-        f"switch of {n}", graph, tuple(range(n)), lambda a, b: [a, "switch", b] if a != b else [a]
-    )
+    return Topology(f"switch of {n}", graph, tuple(range(n)), lambda a, b: [a, "switch", b] if a != b else [a])
 
 
 def pcie_tree(switches, per_switch, port, uplink=None):

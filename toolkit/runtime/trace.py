@@ -29,9 +29,7 @@ class Trace(Sequence):
     def __init__(self):
         self._names, self._ids = [], {}
         self._kernels = array("d")  # rank, stream, name, start, end, bytes, flops
-        self._messages = array(
-            "d"
-        )  # source, destination, name, bytes, send posted, receive posted, start, end
+        self._messages = array("d")  # source, destination, name, bytes, send posted, receive posted, start, end
         self._waits = array("d")  # rank, name, start, end
 
     def _id(self, name):
@@ -53,9 +51,7 @@ class Trace(Sequence):
     @property
     def messages(self):
         """Messages as columns: source, destination, name id, bytes, send posted, receive posted, start, end."""
-        return (
-            np.frombuffer(self._messages, np.float64).reshape(-1, 8) if self._messages else np.zeros((0, 8))
-        )
+        return np.frombuffer(self._messages, np.float64).reshape(-1, 8) if self._messages else np.zeros((0, 8))
 
     @property
     def kernels(self):
@@ -89,9 +85,7 @@ class Trace(Sequence):
             label = name[int(tag)]
             for rank, kind, peer, posted in ((source, "send", dest, sent), (dest, "recv", source, received)):
                 stream = f"{label} {kind}" if label != "message" else kind
-                found.append(
-                    Event(int(rank), stream, kind, label, start, end, int(nbytes), 0.0, int(peer), posted)
-                )
+                found.append(Event(int(rank), stream, kind, label, start, end, int(nbytes), 0.0, int(peer), posted))
         for rank, what, start, end in self.waits.tolist():
             found.append(Event(int(rank), "wait", "wait", name[int(what)], start, end, 0, 0.0, -1, start))
         found.sort()
