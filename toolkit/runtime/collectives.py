@@ -22,8 +22,9 @@ The adjoint of each (what its backward pass must do to gradients) is in `ADJOINT
 from itertools import pairwise
 
 import numpy as np
+from greenlet import getcurrent
 
-from .arrays import first_array, like
+from .arrays import like
 from .errors import CollectiveMismatch, DtypeError, ShapeError
 from .kernel import Cost, kernel
 from .requests import call_site, site_text
@@ -45,11 +46,11 @@ OPERATORS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.mul
 @kernel(cost=lambda x, y, op="sum": Cost(0, 3 * x.nbytes), out=lambda x, y, op="sum": like(x))
 def combine(x, y, op="sum"):
     """x op y, element by element: bound by memory, so no flops are charged."""
-    return OPERATORS[op](x, y)
+    return np.asarray(OPERATORS[op](x, y))  # numpy makes a scalar of two arrays without axes
 
 
 def _joined(parts, axis=0):
-    first = parts[0]
+    first, axis = parts[0], axis % parts[0].ndim
     return (*first.shape[:axis], sum(part.shape[axis] for part in parts), *first.shape[axis + 1 :])
 
 
@@ -65,6 +66,8 @@ def concatenate(parts, axis=0):
 class Collectives:
     """The collective half of a communicator. `i…` forms return a Request."""
 
+    _site = None  # where the program called the `i…` form that this communicator serves
+
     def broadcast(self, x, root=0, *, algorithm="tree"):
         """`x` of `root`, on every rank. The others pass anything (None will do)."""
         return self._collective(
@@ -74,42 +77,52 @@ class Collectives:
     def reduce(self, x, root=0, *, op="sum", algorithm="tree"):
         """The sum (or op) of all ranks' `x`, on `root`; None elsewhere."""
         return self._collective(
-            "reduce", {"tree": _tree_reduce, "ring": _ring_reduce}, algorithm, x, root=root, op=op, same=True
+            "reduce",
+            {"tree": _tree_reduce, "ring": _ring_reduce},
+            algorithm,
+            _array("reduce", x),
+            _form(x),
+            root=root,
+            op=op,
         )
 
     def gather(self, x, root=0, *, axis=0, algorithm="tree"):
         """All ranks' arrays joined along `axis`, in rank order, on `root`; None elsewhere. Lengths may differ."""
+        x = _at_least_1d("gather", x)
         parts = self._collective(
-            "gather", {"tree": _tree_gather, "direct": _direct_gather}, algorithm, _at_least_1d(x), root=root
+            "gather", {"tree": _tree_gather, "direct": _direct_gather}, algorithm, x, _form(x, axis), root=root
         )
         return None if parts is None else concatenate(tuple(parts), axis)
 
     def scatter(self, x, root=0, *, algorithm="tree"):
         """Part `rank` of root's `x`: a sequence of p arrays (sizes may differ) or one array cut evenly along axis 0."""
-        parts = _parts(x, self.size) if self.rank == root else None
+        parts = _parts("scatter", x, self.size) if self.rank == root else None
         return self._collective(
             "scatter", {"tree": _tree_scatter, "direct": _direct_scatter}, algorithm, parts, root=root
         )
 
     def all_gather(self, x, *, axis=0, algorithm="ring"):
         """All ranks' arrays joined along `axis`, in rank order, on every rank. Lengths along `axis` may differ."""
+        x = _at_least_1d("all_gather", x)
         parts = self._collective(
             "all_gather",
             {"ring": _ring_all_gather, "recursive_doubling": _bruck_all_gather},
             algorithm,
-            _at_least_1d(x),
+            x,
+            _form(x, axis),
         )
         return concatenate(tuple(parts), axis)
 
     def reduce_scatter(self, x, *, op="sum", algorithm="ring"):
         """Part `rank` of the sum over ranks. `x`: an array, cut evenly along axis 0, or p arrays of any sizes."""
+        parts = _parts("reduce_scatter", x, self.size)
         return self._collective(
             "reduce_scatter",
             {"ring": _ring_reduce_scatter, "recursive_halving": _bruck_reduce_scatter},
             algorithm,
-            _parts(x, self.size),
+            parts,
+            {"shape": [part.shape for part in parts], "dtype": str(parts[0].dtype)},
             op=op,
-            same=True,
         )
 
     def all_reduce(self, x, *, op="sum", algorithm="ring"):
@@ -119,18 +132,19 @@ class Collectives:
             "recursive_doubling": _doubling_all_reduce,
             "hierarchical": _hierarchical_all_reduce,
         }
-        return self._collective("all_reduce", algorithms, algorithm, x, op=op, same=True)
+        return self._collective("all_reduce", algorithms, algorithm, _array("all_reduce", x), _form(x), op=op)
 
     def all_to_all(self, x, *, algorithm="pairwise"):
         """Part j of `x` goes to rank j. p arrays in, p arrays out; or one array, cut and joined along axis 0."""
-        received = self._collective("all_to_all", {"pairwise": _pairwise_all_to_all}, algorithm, _parts(x, self.size))
+        parts = _parts("all_to_all", x, self.size)
+        received = self._collective("all_to_all", {"pairwise": _pairwise_all_to_all}, algorithm, parts)
         return concatenate(tuple(received)) if isinstance(x, np.ndarray) else tuple(received)
 
     def barrier(self, *, algorithm="dissemination"):
         """Return when every rank has entered."""
         self._collective("barrier", {"dissemination": _dissemination_barrier}, algorithm, ())
 
-    def _collective(self, name, algorithms, algorithm, x, same=False, **options):
+    def _collective(self, name, algorithms, algorithm, x, form=None, **options):
         """Check that all ranks agree on what they do, then run it with messages of its own."""
         if algorithm not in algorithms:
             raise ValueError(f"{name} has no algorithm {algorithm!r}; choose from {', '.join(algorithms)}")
@@ -138,11 +152,7 @@ class Collectives:
             raise ValueError(f"{name}: op={options['op']!r} is not one of {', '.join(OPERATORS)}")
         if "root" in options:
             options["root"] = self._checked(options["root"], "root")
-        signature = {"algorithm": algorithm, **options}
-        if same:
-            shapes = [part.shape for part in x] if isinstance(x, (tuple, list)) else _array(name, x).shape
-            signature |= {"shape": shapes, "dtype": str(first_array(x).dtype)}
-        self._agree(name, signature)
+        self._agree(name, {"algorithm": algorithm, **options, **(form or {})})
         channel = self._with(self.ranks, (name, self._entered), label=name)
         return algorithms[algorithm](channel, x, **options)
 
@@ -150,7 +160,7 @@ class Collectives:
         """Compare with the first rank that entered this collective; all ranks must do the same thing."""
         self._entered += 1
         key, started = (self._context, self._entered), self._machine.collectives
-        mine = (name, signature, self.rank, site_text(call_site()))
+        mine = (name, signature, self.rank, site_text(self._site or call_site()))
         first = started.setdefault(key, [mine, self.size])
         first[1] -= 1
         if not first[1]:
@@ -171,10 +181,15 @@ class Collectives:
     def _meet(self, name, signature, value):
         """Exchange small values outside the network: how communicators are set up. Returns {rank: value}."""
         self._agree(name, dict(signature))
-        meeting = self._machine.contexts.setdefault(("meeting", self._context, self._entered), {})
+        key, engine = ("meeting", self._context, self._entered), self._machine.engine
+        meeting, waiting = self._machine.contexts.setdefault(key, ({}, []))
         meeting[self.rank] = value
-        while len(meeting) < self.size:
-            self._machine.engine.poll(f"{name}: {self.size - len(meeting)} rank(s) have not called it")
+        if len(meeting) < self.size:
+            waiting.append(getcurrent())
+            engine.park(f"{name}: not all of its {self.size} ranks have called it")
+        else:
+            for task in waiting:
+                engine.wake(task)
         return meeting
 
 
@@ -185,6 +200,7 @@ def _non_blocking(name):
         self._agree(f"i{name}", {})
         # A communicator of its own keeps the order of entry, whatever the sub-task does when.
         twin = self._with(self.ranks, (f"i{name}", self._entered))
+        twin._site = call_site()
         return self.spawn(lambda: blocking(twin, *args, **options), name=f"i{name}")
 
     start.__name__ = f"i{name}"
@@ -202,19 +218,29 @@ def _array(name, x):
     return x
 
 
-def _at_least_1d(x):
-    return _array("gather", x).reshape(1) if isinstance(x, np.ndarray) and x.ndim == 0 else _array("gather", x)
+def _form(x, free_axis=None):
+    """What all ranks must agree on: dtype and shape; `free_axis` is the one whose length may differ (None in the shape)."""
+    shape = list(x.shape)
+    if free_axis is not None:
+        if not -x.ndim <= free_axis < x.ndim:
+            raise ShapeError(f"axis {free_axis} does not exist in an array of shape {x.shape}")
+        shape[free_axis] = None
+    return {"shape": tuple(shape), "dtype": str(x.dtype)}
 
 
-def _parts(x, size):
+def _at_least_1d(name, x):
+    return _array(name, x).reshape(1) if np.ndim(x) == 0 else _array(name, x)
+
+
+def _parts(name, x, size):
     """p arrays: the given ones, or views of one array cut evenly along axis 0."""
     if isinstance(x, (tuple, list)):
         if len(x) != size:
-            raise ShapeError(f"{len(x)} parts were given for {size} ranks")
-        return tuple(x)
-    if _array("the collective", x).ndim == 0 or x.shape[0] % size:
+            raise ShapeError(f"{name}: {len(x)} parts were given for {size} ranks")
+        return tuple(_array(name, part) for part in x)
+    if _array(name, x).ndim == 0 or x.shape[0] % size:
         raise ShapeError(
-            f"axis 0 of shape {x.shape} does not divide into {size} equal parts: pad it, or pass {size} arrays"
+            f"{name}: axis 0 of shape {x.shape} does not divide into {size} equal parts: pad it, or pass {size} arrays"
         )
     n = x.shape[0] // size
     return tuple(x[i * n : (i + 1) * n] for i in range(size))

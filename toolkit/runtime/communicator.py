@@ -5,12 +5,14 @@ Messages are arrays or nested tuples of arrays; they match by (source, tag) in o
 Collectives are written in this vocabulary, in `collectives`.
 """
 
+from math import isfinite
+
 import numpy as np
 from greenlet import getcurrent
 
 from . import collectives
 from .engine import Engine
-from .errors import ShapeError, UnknownRank
+from .errors import RequestTimeout, ShapeError, UnknownRank
 from .requests import Both, Receive, Request, Send, SubTask, call_site
 from .stream import Stream
 
@@ -68,8 +70,18 @@ class Communicator(collectives.Collectives):
         self.isend(x, dest, tag, **wire).wait()
 
     def recv(self, source=ANY, tag=0, timeout=None):
-        """Receive and wait. Returns the arrays."""
-        return self.irecv(source, tag).wait(timeout)
+        """Receive and wait. Returns the arrays.
+
+        timeout  virtual seconds until somebody must have sent; a transfer under way by then is waited for
+        raises   RequestTimeout  and takes the receive back
+        """
+        receive = self._irecv(source, tag, call_site())
+        try:
+            return receive.wait(timeout)
+        except RequestTimeout:
+            if receive.cancel():
+                raise
+            return receive.wait()
 
     def sendrecv(self, x, dest, source=ANY, tag=0):
         """Send and receive at once. Returns what arrived."""
@@ -92,6 +104,8 @@ class Communicator(collectives.Collectives):
 
     def sleep_until(self, time):
         """Let virtual time pass until `time`, if that is ahead."""
+        if not isfinite(time):
+            raise ValueError(f"rank {self.rank} cannot sleep until {time} s: give a finite time")
         engine: Engine = self._machine.engine
         engine.sleep_until(time)
 
@@ -105,7 +119,7 @@ class Communicator(collectives.Collectives):
     def spawn(self, function, *args, name=None, **options):
         """Run `function(*args, **options)` beside this rank's program. Returns a Request for its result."""
         request = SubTask(self._machine, name or getattr(function, "__name__", "task"), call_site())
-        task = self._processor.spawn(lambda: request.complete(function(*args, **options)))
+        task = self._processor.spawn(lambda: request.complete(function(*args, **options)), request.site)
         task.lane = getcurrent().lane
         return request
 
@@ -139,17 +153,17 @@ class Communicator(collectives.Collectives):
         send = Send(self._machine, label, site, self._processor.rank, key, self._label)
         send.peer, send.payload = dest, tuple(x) if type(x) is list else x
         send.wire = None if type(x) is tuple and not x else wire
+        if nbytes is not None and nbytes < 0:
+            raise ShapeError(f"a message cannot have {nbytes} bytes on the wire")
         self._machine.protect(send)
         send.nbytes = _wire_bytes(send.payload, send.wire) if nbytes is None else nbytes
-        if send.nbytes < 0:
-            raise ShapeError(f"a message cannot have {send.nbytes} bytes on the wire")
         return self._post(send, self._machine.post_send)
 
     def _irecv(self, source, tag, site):
         rank, label = self._processor.rank, self._label or (tag if type(tag) is str else "message")
         receive = Receive(self._machine, label, site, rank, (rank, self._context, tag), self._label)
-        receive.payload, receive.wanted = None, source
-        receive.source = ANY if source is ANY else self._world(source, "source")
+        receive.payload, receive.wanted, receive.ranks = None, source, self.ranks
+        receive.sender = ANY if source is ANY else self._world(source, "source")
         return self._post(receive, self._machine.post_receive)
 
     def _post(self, half, post):

@@ -8,6 +8,8 @@ from heapq import heappop, heappush
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
+AFTER_ALL_RANKS = 1 << 60
+
 
 class Task(greenlet):
     """One line of execution. `rank` orders ties; `owner` is whatever the creator wants to find again."""
@@ -18,7 +20,8 @@ class Task(greenlet):
         self.stream = None  # where `with comm.stream(…)` sends kernels and messages
         self.lane = "compute"  # the timeline row of this task's kernels
         self.in_kernel = False
-        self.waiting_for = None  # a Request, or text, while parked
+        self.waiting_for = None  # a Request, or text, while parked and not yet woken
+        self.site = None  # where it was started, when that is the best place to name
         self.since = 0.0
 
 
@@ -59,26 +62,29 @@ class Engine:
         task = Task(body, rank, owner)
         task.parent = self._hub
         self.tasks.append(task)
-        self.wake(task)
+        self._resume_at(self.now, task.rank, task)
         return task
 
     def wake(self, task):
-        """Make a parked task runnable at the current instant."""
+        """Make a parked task runnable at the current instant; one that is not parked, or was woken already, is left."""
+        if task.waiting_for is not None:
+            task.waiting_for = None
+            self._resume_at(self.now, task.rank, task)
+
+    def _resume_at(self, time, rank, target):
         self._sequence += 1
-        heappush(self._heap, (self.now, task.rank, self._sequence, task))
+        heappush(self._heap, (time, rank, self._sequence, target))
 
     def call_at(self, time, function, rank=-1):
         """Call `function()` at a virtual time (not before now). Returns the Timer."""
-        self._sequence += 1
         timer = Timer(function)
-        heappush(self._heap, (max(time, self.now), rank, self._sequence, timer))
+        self._resume_at(max(time, self.now), rank, timer)
         return timer
 
     def sleep_until(self, time):
         """Suspend the running task until `time`; a time that has passed is now."""
         task = getcurrent()
-        self._sequence += 1
-        heappush(self._heap, (max(time, self.now), task.rank, self._sequence, task))
+        self._resume_at(max(time, self.now), task.rank, task)
         self._hub.switch()
 
     def park(self, waiting_for):
@@ -86,7 +92,6 @@ class Engine:
         task = getcurrent()
         task.waiting_for, task.since = waiting_for, self.now
         self._hub.switch()
-        task.waiting_for = None
 
     def poll(self, waiting_for):
         """Suspend the running task until anything at all has happened: what a polling loop must do to let time pass."""
@@ -130,8 +135,9 @@ class Engine:
         """Resume polling tasks right after the next event, whenever that is."""
         soonest = min([e[0] for e in self._heap[:1]] + [self.network.next_time])
         for task in self._polling:
-            self._sequence += 1
-            heappush(self._heap, (soonest, task.rank, self._sequence, task))
+            if task.waiting_for is not None:
+                task.waiting_for = None
+                self._resume_at(soonest, AFTER_ALL_RANKS, task)
         self._polling = []
 
     def _end_tasks(self):

@@ -30,8 +30,8 @@ class Processor:
         self.flows = 0  # transfers that enter or leave this device now
         self.slowed = []  # tasks whose kernel runs at a speed that depends on `flows`
 
-    def spawn(self, function):
-        """Run `function()` as a task of this rank. What it raises ends the run, with a note naming the rank."""
+    def spawn(self, function, site=None):
+        """Run `function()`, asked for at `site`, as a task of this rank. What it raises ends the run and names the rank."""
 
         def body():
             try:
@@ -44,7 +44,9 @@ class Processor:
                 error.add_note(f"raised on rank {self.rank} at {seconds(machine.engine.now)}")
                 raise error
 
-        return self.machine.engine.spawn(body, self.rank, self)
+        task = self.machine.engine.spawn(body, self.rank, self)
+        task.site = site
+        return task
 
     def compute(self, name, flops, nbytes, dtype, result):
         """Run a kernel: take the engine when it is free, for as long as the roofline says."""
@@ -122,7 +124,7 @@ class Machine:
         waiting = self._receives.get(send.key)
         if waiting is not None:
             for index, receive in enumerate(waiting):
-                if receive.source is None or receive.source == send.rank:
+                if receive.sender is None or receive.sender == send.rank:
                     self._take(self._receives, send.key, index)
                     return self._start(send, receive)
         self._sends.setdefault(send.key, []).append(send)
@@ -131,7 +133,7 @@ class Machine:
         waiting = self._sends.get(receive.key)
         if waiting:
             for index, send in enumerate(waiting):
-                if receive.source is None or receive.source == send.rank:
+                if receive.sender is None or receive.sender == send.rank:
                     self._take(self._sends, receive.key, index)
                     return self._start(send, receive)
         self._receives.setdefault(receive.key, []).append(receive)
@@ -152,7 +154,7 @@ class Machine:
 
     def _start(self, send, receive):
         send.matched = receive.matched = True
-        receive.source = send.rank
+        receive.sender = send.rank
         receive.payload = send.snapshot
         send.snapshot = None
         sender, receiver = self.processors[send.rank], self.processors[receive.rank]
@@ -298,7 +300,7 @@ class Machine:
 
 def _blocked_at(task):
     """Source line, outside the runtime, at which a parked task stands."""
-    return site_text(outside_runtime(task.gr_frame))
+    return site_text(outside_runtime(task.gr_frame) or task.site)
 
 
 def _diagnosis(waits, ranks):

@@ -333,7 +333,7 @@ def simulate(topology, flows):
     """
     flows = list(flows)
     for a, b, nbytes, start in flows:
-        if not nbytes >= 0 or not 0 <= start < INFINITY:
+        if not 0 <= nbytes < INFINITY or not 0 <= start < INFINITY:
             raise ValueError(
                 f"flow {a!r} → {b!r}: bytes and start must be finite and at least 0, got {nbytes} and {start}"
             )

@@ -120,7 +120,12 @@ class Send(Half):
 class Receive(Half):
     """A posted receive. `value` is the payload; `source` the rank that sent it."""
 
-    __slots__ = ("payload", "source", "wanted")
+    __slots__ = ("payload", "ranks", "sender", "wanted")
+
+    @property
+    def source(self):
+        """The rank that sends, in the communicator of the receive; None while nobody has been found."""
+        return None if self.sender is None else self.ranks.index(self.sender)
 
     def __str__(self):
         return f"recv(source={'ANY' if self.wanted is None else self.wanted}{tag_text(self.key)})" + _inside(self)

@@ -37,7 +37,7 @@ class Stream:
         """Run `operation()` in the stream's own time, after all that was queued before."""
         self._queue.append(operation)
         if self._worker is None:
-            self._worker = self.processor.spawn(self._work)
+            self._worker = self.processor.spawn(self._work, call_site())
             self._worker.lane = self.name
 
     def wait(self, timeout=None):

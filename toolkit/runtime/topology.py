@@ -34,6 +34,9 @@ class Topology:
         """The edges (u, v) that a message from device `a` to device `b` crosses, in order; none when a is b."""
         found = self._routes.get((a, b))
         if found is None:
+            for device in (a, b):
+                if device not in self.graph:
+                    raise ShapeError(f"{self.name} has no device {device!r}; it has {self.graph.number_of_nodes()} nodes")
             try:
                 nodes = self.path(a, b) if self.path else nx.shortest_path(self.graph, a, b)
             except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
