@@ -69,13 +69,13 @@ def leaves(value):
 
 def map_arrays(function, value, *others):
     """Apply `function` to each array of a nested tuple (and to those in the same place of `others`)."""
+    if isinstance(value, np.ndarray):
+        return function(value, *others)
     if isinstance(value, (tuple, list)):
         return tuple(map_arrays(function, *parts) for parts in zip(value, *others, strict=True))
-    if not isinstance(value, np.ndarray):
-        raise DtypeError(
-            f"a message holds arrays or nested tuples of arrays, not {type(value).__name__}: wrap it with np.array(…)"
-        )
-    return function(value, *others)
+    raise DtypeError(
+        f"a message holds arrays or nested tuples of arrays, not {type(value).__name__}: wrap it with np.array(…)"
+    )
 
 
 def copy_of(array):

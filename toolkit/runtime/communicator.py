@@ -157,22 +157,32 @@ class Communicator(collectives.Collectives):
             raise ShapeError(f"a message cannot have {nbytes} bytes on the wire")
         self._machine.protect(send)
         send.nbytes = _wire_bytes(send.payload, send.wire) if nbytes is None else nbytes
-        return self._post(send, self._machine.post_send)
+        if getcurrent().stream is None:
+            self._machine.post_send(send)
+        else:
+            self._enqueue(send, self._machine.post_send)
+        return send
 
     def _irecv(self, source, tag, site):
         rank, label = self._processor.rank, self._label or (tag if type(tag) is str else "message")
         receive = Receive(self._machine, label, site, rank, (rank, self._context, tag), self._label)
         receive.payload, receive.wanted, receive.ranks = None, source, self.ranks
         receive.sender = ANY if source is ANY else self._world(source, "source")
-        return self._post(receive, self._machine.post_receive)
-
-    def _post(self, half, post):
-        stream = getcurrent().stream
-        if stream is None:
-            post(half)
+        if getcurrent().stream is None:
+            self._machine.post_receive(receive)
         else:
-            stream.enqueue(lambda: (setattr(half, "posted", self.now), post(half), Request.wait(half)))
-        return half
+            self._enqueue(receive, self._machine.post_receive)
+        return receive
+
+    def _enqueue(self, half, post):
+        """Post in the stream's own time; what is queued behind waits until the message has arrived."""
+
+        def later():
+            half.posted = self.now
+            post(half)
+            Request.wait(half)
+
+        getcurrent().stream.enqueue(later)
 
     def _checked(self, rank, what):
         if not hasattr(rank, "__index__") or not 0 <= rank < self.size:

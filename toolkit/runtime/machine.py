@@ -6,7 +6,6 @@ the receiver's copy counts as the receiver's memory.
 
 from collections import defaultdict
 
-import numpy as np
 from greenlet import getcurrent
 
 from .arrays import copy_of, first_array, is_shape_only, leaves, map_arrays, round_to, same_bits
@@ -189,9 +188,8 @@ class Machine:
 
     def protect(self, send):
         """Copy what is sent and make the originals read-only until the message has arrived."""
-        payload = send.payload
-        send.snapshot = copy_of(payload) if type(payload) is np.ndarray else map_arrays(copy_of, payload)
-        send.protected = None
+        payload, send.protected = send.payload, None
+        send.snapshot = map_arrays(copy_of, payload)
         if (first := first_array(payload)) is None or is_shape_only(first):
             return
         send.protected = list(leaves(send.payload))
@@ -236,18 +234,25 @@ class Machine:
     def block(self, request, timeout=None):
         """Park the running task until `request` is done, or its timeout is over."""
         engine, task = self.engine, getcurrent()
-        start, expired, timer = engine.now, [], None
-        if timeout is not None:
-            timer = engine.call_at(start + timeout, lambda: (expired.append(True), engine.wake(task)), task.rank)
-        while not request.done and not expired:
-            request.waiters = [*(request.waiters or ()), task]
-            engine.park(request)
-        if timer:
-            timer.cancel()
-            if request.waiters and task in request.waiters:
-                request.waiters.remove(task)
+        start = engine.now
+        if timeout is None:
+            while not request.done:
+                _join(request, task)
+                engine.park(request)
+        else:
+            self._block_until(request, task, start + timeout)
         if engine.now > start:
             self.trace.wait(task.rank, request.label, start, engine.now)
+
+    def _block_until(self, request, task, deadline):
+        engine, expired = self.engine, []
+        timer = engine.call_at(deadline, lambda: (expired.append(True), engine.wake(task)), task.rank)
+        while not request.done and not expired:
+            _join(request, task)
+            engine.park(request)
+        timer.cancel()
+        if request.waiters and task in request.waiters:
+            request.waiters.remove(task)
 
     def block_any(self, requests):
         engine, task = self.engine, getcurrent()
@@ -256,7 +261,7 @@ class Machine:
             [part for request in requests for part in request.requests() if not part.done],
         )
         for part in plain:
-            part.waiters = [*(part.waiters or ()), task]
+            _join(part, task)
         engine.park("wait_any of " + ", ".join(map(str, requests)))
         for part in plain:
             if part.waiters and task in part.waiters:
@@ -296,6 +301,13 @@ class Machine:
                 raise UnreceivedMessage(
                     f"the run ended, and {len(left)} posted operation(s) {text}:\n" + "\n".join(lines) + f"\n{advice}"
                 )
+
+
+def _join(request, task):
+    if request.waiters is None:
+        request.waiters = [task]
+    else:
+        request.waiters.append(task)
 
 
 def _blocked_at(task):
