@@ -27,7 +27,7 @@ class Processor:
         self.free_at = 0.0  # when the compute engine has done all that was started
         self.streams = {}
         self.flows = 0  # transfers that enter or leave this device now
-        self.slowed = []  # tasks whose kernel runs at a speed that depends on `flows`
+        self.queue = []  # tasks that compute at a speed that depends on `flows`: the first runs, the others wait
 
     def spawn(self, function, site=None):
         """Run `function()`, asked for at `site`, as a task of this rank. What it raises ends the run and names the rank."""
@@ -74,30 +74,26 @@ class Processor:
 
     def _occupy_while_slowed(self, work):
         """Like `occupy`, at 1 - overlap_slowdown of the speed while a transfer touches the device."""
-        engine, task = self.machine.engine, getcurrent()
-        while self.free_at > engine.now:
-            engine.sleep_until(self.free_at)
+        engine, task, done = self.machine.engine, getcurrent(), []
+        self.queue.append(task)
+        while self.queue[0] is not task:
+            engine.park("the compute engine")
         start = engine.now
-        self.free_at = float("inf")
-        while work > 1e-15 * start:
-            speed = 1.0 - self.device.overlap_slowdown * (self.flows > 0)
-            since, timer = (
-                engine.now,
-                engine.call_at(engine.now + work / speed, lambda: engine.wake(task), self.rank),
-            )
-            self.slowed.append(task)
+        while not done:
+            since, speed = engine.now, 1.0 - self.device.overlap_slowdown * (self.flows > 0)
+            timer = engine.call_at(since + work / speed, lambda: (done.append(True), engine.wake(task)), self.rank)
             engine.park("compute")
-            self.slowed.remove(task)
             timer.cancel()
-            work -= (engine.now - since) * speed
-        self.free_at = engine.now
+            work = max(0.0, work - (engine.now - since) * speed)
+        self.queue.pop(0)
+        if self.queue:
+            engine.wake(self.queue[0])
         return start
 
     def flows_changed(self, by):
         before, self.flows = self.flows > 0, self.flows + by
-        if before != (self.flows > 0):
-            for task in self.slowed:
-                self.machine.engine.wake(task)
+        if self.queue and before != (self.flows > 0):
+            self.machine.engine.wake(self.queue[0])
 
 
 class Machine:
