@@ -13,8 +13,11 @@ import io
 import signal
 import threading
 import traceback
+from pathlib import Path
 
 import numpy as np
+
+_HERE = Path(__file__).parent
 
 
 class NotYet(AssertionError):
@@ -150,17 +153,20 @@ def _difference(run, equals, axis, layout):
 
 
 def _causes(error):
-    """The exception and what it came from: the runtime wraps what a rank raises."""
+    """The exception and what it came from, innermost last: the runtime may wrap what a rank raises."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _line(error):
-    """Where the innermost cause was raised, as `line 3: text`."""
-    *_, innermost = _causes(error)
-    frame = (traceback.extract_tb(innermost.__traceback__) or traceback.extract_tb(error.__traceback__))[-1]
-    return f"line {frame.lineno}: {frame.line}"
+    """Where the innermost cause left the student's code, as `line 3: text`."""
+    for cause in reversed(list(_causes(error))):
+        frames = traceback.extract_tb(cause.__traceback__)
+        theirs = [frame for frame in frames if not Path(frame.filename).is_relative_to(_HERE)]
+        if theirs:
+            return f"line {theirs[-1].lineno}: {theirs[-1].line}"
+    return "a line we cannot see"
 
 
 class _Head(io.TextIOBase):

@@ -219,7 +219,7 @@ def _array(name, x):
 
 
 def _form(x, free_axis=None):
-    """What all ranks must agree on: dtype and shape; `free_axis` is the one whose length may differ (None in the shape)."""
+    """What all ranks must agree on: dtype and shape. The length of `free_axis` may differ; it is None in the shape."""
     shape = list(x.shape)
     if free_axis is not None:
         if not -x.ndim <= free_axis < x.ndim:

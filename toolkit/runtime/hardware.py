@@ -2,24 +2,31 @@
 
 A link's bandwidth is in bytes per second and *per direction*: vendors quote both directions together.
 Build your own: `Link(bandwidth=50e9, latency=2e-6)`, `replace(A100, compute_efficiency=0.6)`.
+H200 and the links named H200_… are fitted to measurements: `toolkit/runtime/calibration.py`.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-__all__ = ["Device", "Link", "devices", "links", "replace"]
+__all__ = ["Curve", "Device", "Link", "devices", "links", "replace"]
 
 
 @dataclass(frozen=True)
 class Link:
-    """One cable. `flow_cap` bounds a single flow (one copy engine may not fill a PCIe port)."""
+    """One cable. `flow_cap` bounds a single flow (one copy engine may not fill a PCIe port).
+
+    A message alone takes max(floor, latency + bytes / min(bandwidth, flow_cap)). The floor is what the library and the
+    driver need to issue one; it fills no bandwidth and hides behind the bytes of a long message. Raw flows
+    (`network.simulate`) have no floor. On a route of several links the largest floor counts.
+    """
 
     bandwidth: float  # bytes/s in each direction
     latency: float = 0.0  # seconds
     duplex: bool = True  # False: both directions share `bandwidth`
     flow_cap: float = math.inf  # bytes/s one flow can reach
     name: str = ""
+    floor: float = 0.0  # seconds that a message takes at least
 
     def __post_init__(self):
         if not self.bandwidth > 0 or not self.flow_cap > 0:
@@ -28,6 +35,36 @@ class Link:
             )
         if not 0 <= self.latency < math.inf:
             raise ValueError(f"a link needs a finite latency of at least 0 s, got {self.latency}")
+        if not 0 <= self.floor < math.inf:
+            raise ValueError(f"a link needs a finite floor of at least 0 s, got {self.floor}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How near one kind of kernel comes to the roofline. With t = ideal seconds / share it takes t + half^power · t^(1-power),
+    so its efficiency is share · t^power / (t^power + half^power): half of `share` at t = half.
+
+    share   of the peak that very long kernels attain, in (0, 1]
+    half    seconds; 0: the same efficiency at every size
+    power   1: a start-up time is added (pipeline fill, first tiles). 1/2: time grows with the square root of the work as
+            well, as the longest row of a causal mask does
+    """
+
+    share: float = 1.0
+    half: float = 0.0
+    power: float = 1.0
+
+    def __post_init__(self):
+        if not (0 < self.share <= 1 and 0 <= self.half < math.inf and 0 < self.power <= 1):
+            raise ValueError(
+                f"a curve needs share and power in (0, 1] and a finite half of at least 0 s, got {self.share}, "
+                f"{self.power} and {self.half}"
+            )
+
+    def seconds(self, ideal):
+        """Time of a kernel that takes `ideal` seconds at the peak; numbers or numpy arrays."""
+        work = ideal / self.share
+        return work + self.half**self.power * work ** (1 - self.power) if self.half else work
 
 
 @dataclass(frozen=True)
@@ -39,6 +76,8 @@ class Device:
     memory_bandwidth   bytes/s        memory_capacity  bytes        launch_overhead  seconds per kernel
     compute_efficiency, memory_efficiency   share of the peak that kernels attain, in (0, 1]
     overlap_slowdown   share of compute lost while messages enter or leave the device, in [0, 1)
+    curves             Curve by kind of kernel: its name, or the `kind` of its Cost. Others use the curve "compute" or
+                       "memory", whichever bounds them. Without a curve a kernel runs on the roofline
     """
 
     name: str
@@ -49,6 +88,7 @@ class Device:
     compute_efficiency: float = 1.0
     memory_efficiency: float = 1.0
     overlap_slowdown: float = 0.0
+    curves: Mapping[str, Curve] = field(default_factory=dict)
 
     def __post_init__(self):
         rates = self.flops.values() if isinstance(self.flops, Mapping) else [self.flops]
@@ -58,6 +98,8 @@ class Device:
             raise ValueError(f"device {self.name!r}: efficiencies lie in (0, 1]")
         if not 0 <= self.overlap_slowdown < 1:
             raise ValueError(f"device {self.name!r}: overlap_slowdown lies in [0, 1)")
+        if not (0 <= self.launch_overhead < math.inf and self.memory_capacity > 0):
+            raise ValueError(f"device {self.name!r} needs launch_overhead of at least 0 s and memory_capacity above 0 B")
 
     def rate(self, dtype):
         """Attained operations per second for a numpy dtype or its name."""
@@ -65,11 +107,14 @@ class Device:
             return self.flops * self.compute_efficiency
         return self.flops.get(str(dtype), min(self.flops.values())) * self.compute_efficiency
 
-    def seconds(self, flops, nbytes, dtype):
-        """The roofline: launch overhead + the larger of compute time and memory time."""
-        return self.launch_overhead + max(
-            flops / self.rate(dtype), nbytes / (self.memory_bandwidth * self.memory_efficiency)
-        )
+    def seconds(self, flops, nbytes, dtype, kind=None):
+        """The roofline: launch overhead + the larger of compute time and memory time, along the curve of `kind`."""
+        compute, memory = flops / self.rate(dtype), nbytes / (self.memory_bandwidth * self.memory_efficiency)
+        ideal = max(compute, memory)
+        if not self.curves:
+            return self.launch_overhead + ideal
+        curve = self.curves.get(kind) or self.curves.get("compute" if compute >= memory else "memory")
+        return self.launch_overhead + (curve.seconds(ideal) if curve else ideal)
 
 
 def _matrix(half, single, double):

@@ -23,11 +23,13 @@ from .errors import RuntimeFault
 
 
 class Cost(NamedTuple):
-    """What one call costs: operations, bytes to and from memory, and whose rate applies (default: first array's)."""
+    """What one call costs: operations, bytes to and from memory, whose rate applies (default: first array's), and
+    which of the device's curves (default: the one of the kernel's name)."""
 
     flops: float = 0.0
     bytes: float = 0.0
     dtype: np.dtype | str | None = None
+    kind: str | None = None
 
 
 def kernel(*, cost: Callable, out: Callable | None = None):
@@ -57,7 +59,8 @@ def kernel(*, cost: Callable, out: Callable | None = None):
                 finally:
                     task.in_kernel = False
             dtype = declared[2] if len(declared) > 2 and declared[2] is not None else getattr(array, "dtype", "float64")
-            task.owner.compute(name, declared[0], declared[1], dtype, result)
+            kind = declared[3] if len(declared) > 3 else None
+            task.owner.compute(name, declared[0], declared[1], dtype, result, kind)
             return result
 
         call.cost, call.out = cost, out

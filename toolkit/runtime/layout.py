@@ -76,15 +76,15 @@ def shard(x, axis=0, layout="contiguous"):
     """
     if layout not in LAYOUTS:
         raise ShapeError(f"layout {layout!r} is not one of {', '.join(LAYOUTS)}")
-    x = x if isinstance(x, (tuple, list)) else np.asanyarray(x)
-    if isinstance(x, np.ndarray) and not -x.ndim <= axis < x.ndim:
-        raise ShapeError(f"axis {axis} does not exist in an array of shape {x.shape}")
     return map_shards(x, axis, layout)
 
 
 def map_shards(x, axis, layout):
     if isinstance(x, (tuple, list)):
         return tuple(map_shards(part, axis, layout) for part in x)
+    x = np.asanyarray(x)
+    if not -x.ndim <= axis < x.ndim:
+        raise ShapeError(f"axis {axis} does not exist in an array of shape {x.shape}")
     return Shard(x, axis % x.ndim, layout)
 
 

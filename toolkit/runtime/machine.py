@@ -32,6 +32,8 @@ class Machine:
         self.contexts = {}  # what a communicator or collective is called -> its number
         self.collectives = {}  # collective in progress -> (signature, first caller, ranks still to come)
         self._sends, self._receives = {}, {}  # (dest, context, tag) -> posted halves, oldest first
+        self._floors = {}  # (source, dest) -> seconds that a message takes at least
+        self._late = []  # messages whose bytes are there and whose floor is not over
         self._protected = {}  # id of an array in flight -> [messages it is in, the array]
 
     # ---- messages -------------------------------------------------------------------------------------------------
@@ -84,6 +86,9 @@ class Machine:
     def _arrived(self, message):
         send, receive, start = message
         source, dest = send.rank, receive.rank
+        if (due := start + self._floor(source, dest)) > self.engine.now:
+            self._late.append(message)
+            return self.engine.call_at(due, lambda: self._arrived(self._late.pop(self._late.index(message))))
         if self._slowdown:
             self._flows_changed(send, receive, -1)
         self.traffic[source, dest] += send.nbytes
@@ -97,6 +102,15 @@ class Machine:
         if send.wire is not None:
             round_to(send.wire, payload)
         receive.complete(payload)
+
+    def _floor(self, source, dest):
+        """Seconds that a message takes at least: the largest floor of the links on its route."""
+        found = self._floors.get((source, dest))
+        if found is None:
+            a, b = self._ranks[source], self._ranks[dest]
+            links = (self.topology.link(u, v) for u, v in self.topology.route(a, b))
+            found = self._floors[source, dest] = max((link.floor for link in links), default=0.0)
+        return found
 
     def _flows_changed(self, send, receive, by):
         for rank in {send.rank, receive.rank}:
@@ -144,7 +158,7 @@ class Machine:
     def sends_in_flight(self, rank):
         """Sends of `rank` whose arrays are read-only now."""
         pending = [s for box in self._sends.values() for s in box if s.rank == rank]
-        moving = [m[0] for m in self.network.in_flight() if m[0].rank == rank]
+        moving = [m[0] for m in (*self.network.in_flight(), *self._late) if m[0].rank == rank]
         return pending + moving
 
     # ---- waiting --------------------------------------------------------------------------------------------------

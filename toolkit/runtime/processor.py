@@ -35,12 +35,12 @@ class Processor:
         task.site = site
         return task
 
-    def compute(self, name, flops, nbytes, dtype, result):
-        """Run a kernel: take the engine when it is free, for as long as the roofline says."""
+    def compute(self, name, flops, nbytes, dtype, result, kind=None):
+        """Run a kernel: take the engine when it is free, for as long as the roofline and the curve of its kind say."""
         task = getcurrent()
         if result is not None:
             self.memory.track(result, name)
-        duration = self.device.seconds(flops, nbytes, dtype)
+        duration = self.device.seconds(flops, nbytes, dtype, kind or name)
         if task.stream is None:
             self.occupy(name, flops, nbytes, duration, task.lane)
         else:

@@ -36,7 +36,7 @@ class Topology:
         if found is None:
             for device in (a, b):
                 if device not in self.graph:
-                    raise ShapeError(f"{self.name} has no device {device!r}; it has {self.graph.number_of_nodes()} nodes")
+                    raise ShapeError(f"{self.name} has no device {device!r}; it has {self.ranks[0]} … {self.ranks[-1]}")
             try:
                 nodes = self.path(a, b) if self.path else nx.shortest_path(self.graph, a, b)
             except (nx.NetworkXNoPath, nx.NodeNotFound) as error:

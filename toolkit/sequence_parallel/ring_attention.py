@@ -5,18 +5,20 @@ to the next rank. When a step computes longer than its transfer takes, communica
 Causal masks empty half of the blocks; the zigzag and striped layouts spread the rest evenly.
 
 Bytes a rank sends, B = bytes of its k and v: forward (N-1)·B; backward (N-1)·B and N times the float32 gradients.
-Sources: Liu, Zaharia, Abbeel 2023, arXiv 2310.01889; striped: Brandon et al. 2023, arXiv 2311.09431; zigzag: a community
-variant. Chapter: sequence_parallel/ring_attention.
+Position embeddings must use the global numbers of a rank's tokens: `toolkit.runtime.positions(layout, …)`.
+Sources: Liu, Zaharia, Abbeel 2023, arXiv 2310.01889; striped: Brandon et al. 2023, arXiv 2311.09431; zigzag: a
+community variant. Chapter: sequence_parallel/ring_attention.
 """
+
+import numpy as np
 
 from toolkit.kernels.attention import attention as attention_block
 from toolkit.kernels.attention import attention_backward as backward_block
-from toolkit.kernels.attention import delta, empty_accumulator, finish, merge
+from toolkit.kernels.attention import delta, empty_accumulator, finish, merge, visible_area
 from toolkit.kernels.elementwise import accumulate
 from toolkit.runtime.collectives import concatenate
 from toolkit.runtime.errors import ShapeError
 from toolkit.runtime.layout import LAYOUTS
-
 
 EVERYTHING = slice(None)
 
@@ -26,8 +28,10 @@ def attention(comm, q, k, v, *, causal=False, layout="contiguous", return_lse=Fa
 
     q         (heads, tokens, head_dim)      this rank's share of the tokens, in `layout`
     k, v      (kv_heads, tokens, head_dim)   same dtype; kv_heads divides heads
+    layout    which tokens those are. Without a mask every layout gives the same result and the same work
     returns   out, shape and dtype of q; with return_lse also lse (heads, tokens), float32 or float64
     sends     (N-1) times the bytes of k and v, in N-1 messages
+    memory    q once, k and v twice, the result so far and the newest block's result: the same for any N > 1
     raises    ShapeError, DtypeError
     """
     acc = empty_accumulator(q)
@@ -45,6 +49,8 @@ def attention_backward(comm, q, k, v, out, lse, grad_out, *, causal=False, layou
 
     out, lse   what `attention(…, return_lse=True)` gave          grad_out   shape of out
     returns    (dq, dk, dv), in float64 for float64 input and else float32
+    sends      (N-1) times the bytes of k and v, N times those of dk and dv, in 2N-1 messages
+    raises     ShapeError, DtypeError
     """
     dq, travelling, d = None, None, delta(grad_out, out)
     for step in range(comm.size):
@@ -114,7 +120,14 @@ def gradients(q, k, v, lse, d, grad_out, part):
         return None
     rows, columns, masked = part
     return backward_block(
-        q[:, rows], k[:, columns], v[:, columns], None, lse[:, rows], grad_out[:, rows], masked, delta=d[:, rows]
+        q[:, rows],
+        k[:, columns],
+        v[:, columns],
+        None,
+        lse[:, rows],
+        grad_out[:, rows],
+        masked,
+        delta=d[:, rows],
     )
 
 
@@ -141,12 +154,10 @@ def blocking_ring_attention(comm, q, k, v, *, causal=False, layout="contiguous",
 
 def all_gather_attention(comm, q, k, v, *, causal=False, layout="contiguous", return_lse=False):
     """Gather all keys and values, then attend (Llama 3): the bytes of the ring, N times its memory for k and v."""
-    tokens = k.shape[1]
-    k, v = comm.all_gather(k, axis=1), comm.all_gather(v, axis=1)
+    k, v = (np.array_split(comm.all_gather(x, axis=1), comm.size, axis=1) for x in (k, v))  # a view for each holder
     acc = empty_accumulator(q)
     for holder in range(comm.size):
-        theirs = slice(holder * tokens, (holder + 1) * tokens)
-        attend(acc, q, k[:, theirs], v[:, theirs], visible(layout, causal, comm.rank, holder, q))
+        attend(acc, q, k[holder], v[holder], visible(layout, causal, comm.rank, holder, q))
     return finish(acc, q) if return_lse else finish(acc, q)[0]
 
 
@@ -188,3 +199,24 @@ def _halves(k, v, zigzag):
         tuple(concatenate((x[:, i * q : (i + 1) * q], x[:, (i + 2) * q : (i + 3) * q]), axis=1) for x in (k, v))
         for i in (0, 1)
     )
+
+
+# ---- what it computes ------------------------------------------------------------------------------------------------
+
+
+def block_plan(size, tokens, causal=False, layout="contiguous"):
+    """Every block that `attention` computes, without running it.
+
+    tokens    tokens of one rank
+    returns   list of (step, rank, query owner, key owner, visible share of the block's tokens² scores)
+    raises    ShapeError  unknown layout; zigzag with an odd number of tokens
+    """
+    local, plan = np.empty((1, tokens, 1)), []
+    for step in range(size):
+        for rank in range(size):
+            holder = (rank - step) % size
+            part = visible(layout, causal, rank, holder, local)
+            if part is not None:
+                rows, columns = (len(range(tokens)[among]) for among in part[:2])
+                plan.append((step, rank, rank, holder, visible_area(rows, columns, part[2]) / tokens**2))
+    return plan

@@ -1,0 +1,43 @@
+"""What the virtual runtime costs: TokenRing on 8 ranks against the same attention in one kernel call, paired.
+
+    python benchmarks/overhead.py
+"""
+
+import time
+from statistics import median
+
+import numpy as np
+
+from toolkit.kernels.attention import attention
+from toolkit.runtime import Cluster, hardware, shard, topology
+from toolkit.sequence_parallel import ring_attention, token_ring
+
+RANKS, REPETITIONS = 8, 7
+
+
+def seconds(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def main():
+    rng = np.random.default_rng(0)
+    cluster = Cluster(topology.full_mesh(RANKS, hardware.NVLINK4), device=hardware.H100)
+    print("tokens   one kernel   ring   token ring   (ratios to one kernel: median of paired runs)")
+    for tokens in (2048, 4096, 8192):
+        q, k, v = (rng.standard_normal((8, tokens, 64)).astype(np.float32) for _ in range(3))
+        shards = [shard(a, axis=1) for a in (q, k, v)]
+        programs = [ring_attention.attention, token_ring.attention]
+        attention(q, k, v)
+        [cluster.run(program, *shards) for program in programs]
+        pairs = []
+        for _ in range(REPETITIONS):
+            alone = seconds(lambda: attention(q, k, v))
+            pairs.append([alone, *(seconds(lambda p=p: cluster.run(p, *shards)) / alone for p in programs)])
+        alone, ring, token = (median(column) for column in zip(*pairs, strict=True))
+        print(f"{tokens:6}   {alone * 1e3:7.1f} ms   {ring:.3f}   {token:.3f}")
+
+
+if __name__ == "__main__":
+    main()
