@@ -1,4 +1,4 @@
-"""The command line: `python -m toolkit systems | run | claims`."""
+"""The command line: `python -m toolkit systems | run | claims | calibrate`."""
 
 import argparse
 import sys
@@ -27,6 +27,9 @@ def main(arguments=None):
     claims = commands.add_parser("claims", help="what the papers claim beside what we measure")
     claims.add_argument("--system", help="only this system")
     claims.set_defaults(go=run_claims)
+    calibrate = commands.add_parser("calibrate", help="fit a machine to timings, and print how far off every row stays")
+    calibrate.add_argument("file", metavar="FILE", help="measurements as JSON; see toolkit/runtime/measurements.py")
+    calibrate.set_defaults(go=run_calibrate)
     options = parser.parse_args(arguments)
     try:
         options.go(options)
@@ -51,6 +54,12 @@ def run_claims(options):
 
     system = find(options.system).name if options.system else None
     print(text.claims(run_claims(system)))
+
+
+def run_calibrate(options):
+    from toolkit.runtime.calibration import run_calibrate
+
+    run_calibrate(options.file)
 
 
 # ---- run -----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import yaml
 from chapters import LIMIT, ROOT
 from measured import measured
 from toolkit import systems
-from toolkit.show.claims import markdown
+from toolkit.show.claims import SIGN, in_words, summary
 
 PLACE = re.compile(r"^<!-- generated: (\w+) ?(\w*) -->$", re.MULTILINE)
 
@@ -50,7 +50,8 @@ def fill(text, executed):
 def table(head, rows):
     """A Markdown table; a bar inside a cell is escaped."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
+    cells = ([str(cell).replace("|", r"\|").replace("\n", " ") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def all_tables():
@@ -116,10 +117,15 @@ def standing(verdicts):
 
 
 def claims():
-    """A table for each part that has claims."""
-    verdicts, sections = measured(), []
-    for part, facts in parts().items():
-        found = [verdict for (place, _), several in verdicts.items() if place == part for verdict in several]
-        if found:
-            sections.append(f"## {facts['title']}\n\n{markdown(found)}")
+    """A table for each system that has claims; a reason for a difference stands under its claim."""
+    sections = []
+    for (part, name), system in written().items():
+        verdicts = measured().get((part, name), [])
+        rows = []
+        for v in verdicts:
+            why = f"<br>*{v.why}*" if v.why else ""
+            paper, ours, _ = in_words(v)
+            rows.append((f"{v.says} ({v.where}){why}", paper, ours, f"{SIGN[v.verdict]} {v.verdict}"))
+        title = f"## [{system.title}](../{system.chapter})"
+        sections += [title, summary(verdicts), table(("claim", "paper", "ours", "verdict"), rows)] if rows else []
     return "\n\n".join(sections)

@@ -46,7 +46,7 @@ def test_the_page_of_systems_has_a_row_for_each_and_a_heading_for_each_part(no_c
 
 
 def test_the_claims_page_has_the_paper_the_measurement_and_the_verdict(monkeypatch):
-    monkeypatch.setattr(pages, "measured", lambda: {("attention", "s"): [verdict("not reproduced")]})
+    monkeypatch.setattr(pages, "measured", lambda: {("sequence_parallel", "token_ring"): [verdict("not reproduced")]})
     assert "not reproduced" in row(pages.claims(), "says")
 
 

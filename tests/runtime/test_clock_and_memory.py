@@ -151,6 +151,18 @@ def test_sleep_lets_time_pass_and_a_time_that_has_passed_is_now():
     assert mesh(2).run(program).outputs == [2.0, 2.0]
 
 
+def test_ranks_that_wake_at_one_instant_go_on_in_rank_order():
+    went_on = []
+
+    def program(comm):
+        comm.sleep(comm.size - comm.rank)  # the last rank goes to sleep first
+        comm.sleep_until(10.0)
+        went_on.append(comm.rank)
+
+    mesh(5).run(program)
+    assert went_on == [0, 1, 2, 3, 4]
+
+
 def test_a_sub_task_runs_beside_the_program_and_gives_its_result():
     def program(comm):
         def listen(seconds, *, answer):
@@ -405,6 +417,34 @@ def test_two_processes_with_other_hash_seeds_give_the_same_bytes():
     assert len(first) > 10_000
 
 
+TINY = """\
+0 compute    work     0.0 1.0 bytes=0   peer=-1 posted=0.0
+1 compute    work     0.0 2.0 bytes=0   peer=-1 posted=0.0
+0 wait       rows     1.0 4.0 bytes=0   peer=-1 posted=1.0
+0 rows recv  rows     2.0 4.0 bytes=16  peer=1 posted=1.0
+0 rows send  rows     2.0 4.0 bytes=16  peer=1 posted=1.0
+1 rows recv  rows     2.0 4.0 bytes=16  peer=0 posted=2.0
+1 rows send  rows     2.0 4.0 bytes=16  peer=0 posted=2.0
+1 wait       rows     2.0 4.0 bytes=0   peer=-1 posted=2.0
+0 compute    work     4.0 4.5 bytes=0   peer=-1 posted=4.0
+1 compute    work     4.0 4.5 bytes=0   peer=-1 posted=4.0
+"""
+
+
+def test_the_trace_of_a_tiny_run_is_this_text():
+    def program(comm, x):
+        work(x, flops=1.0 + comm.rank)
+        got = comm.ishift(x, tag="rows").wait()  # 16 bytes at 8 bytes a second
+        work(got, flops=0.5)
+
+    run = Cluster(topology.full_mesh(2, hardware.Link(bandwidth=8.0)), device=SECOND).run(program, np.zeros(2))
+    rows = [
+        f"{e.rank} {e.stream:<10} {e.name:<8} {e.start} {e.end} bytes={e.bytes:<3} peer={e.peer} posted={e.posted}\n"
+        for e in run.trace
+    ]
+    assert "".join(rows) == TINY
+
+
 def test_another_program_gives_other_bytes():
     cluster = mesh(6, hardware.A10)
     assert everything(cluster.run(ring, BLOCK)) != everything(cluster.run(ring, BLOCK[:11]))
@@ -473,6 +513,13 @@ class TestPeakMemory:
             return x
 
         assert self.peak(lambda comm, x: same(x), block) == 1000
+
+    def test_a_kernel_that_returns_a_view_of_its_argument_adds_nothing(self, block):
+        @kernel(cost=lambda x: Cost(), out=lambda x: x[:500])
+        def first_half(x):
+            return x[:500]
+
+        assert self.peak(lambda comm, x: (x, first_half(x)), block) == 1000
 
     def test_a_receive_counts_from_the_start_of_its_transfer(self, block):
         def program(comm, x):

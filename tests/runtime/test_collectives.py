@@ -202,6 +202,17 @@ def test_all_ranks_hold_the_same_bits_after_all_reduce(algorithm, ranks, n, seed
     assert len({got.tobytes() for got in run.outputs}) == 1
 
 
+@pytest.mark.parametrize("op", ["max", "min"])
+@algorithms_of("all_reduce")
+@given(signs=st.lists(st.booleans(), min_size=2, max_size=17))
+@quick
+def test_all_ranks_agree_on_the_sign_of_zero(algorithm, op, signs):
+    """max(0.0, -0.0) depends on the order of its arguments, so both partners of an exchange must use the same."""
+    x = [np.full(3, -0.0 if minus else 0.0) for minus in signs]
+    run = mesh(len(x)).run(lambda comm, a: comm.all_reduce(a, op=op, algorithm=algorithm), per_rank(x))
+    assert len({got.tobytes() for got in run.outputs}) == 1
+
+
 @given(ranks=st.integers(1, 17), seed=seeds)
 @quick
 def test_all_to_all_transposes_a_table_of_uneven_parts(ranks, seed):

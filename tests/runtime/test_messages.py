@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from toolkit.runtime import ANY, Cluster, errors, hardware, like, per_rank, topology, wait_all, wait_any
@@ -98,6 +100,37 @@ def test_the_source_of_a_request_is_a_rank_of_its_own_communicator():
             return request.source
 
     assert mesh(4).run(program).outputs[:2] == [1, 1]
+
+
+@given(
+    ranks=st.integers(1, 6),
+    messages=st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.sampled_from([0, 1, "keys"])), max_size=25),
+    order=st.randoms(use_true_random=False),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_messages_posted_at_once_all_arrive_in_order_on_every_channel(ranks, messages, order):
+    messages = [(source % ranks, dest % ranks, tag) for source, dest, tag in messages]
+    shuffled = order.sample(messages, len(messages))
+
+    def program(comm):
+        sent = [
+            comm.isend(np.full(i % 3, i), dest, tag, nbytes=100 * i)
+            for i, (source, dest, tag) in enumerate(messages)
+            if source == comm.rank
+        ]
+        channels = [(source, tag) for source, dest, tag in shuffled if dest == comm.rank]
+        received = wait_all([comm.irecv(source, tag) for source, tag in channels])
+        wait_all(sent)
+        return list(zip(channels, [got.tolist() for got in received], strict=True))
+
+    run = mesh(ranks).run(program)
+    for dest, got in enumerate(run.outputs):
+        for channel in set(shuffled):
+            expected = [
+                [i] * (i % 3) for i, (s, d, t) in enumerate(messages) if (s, d, t) == (channel[0], dest, channel[2])
+            ]
+            assert [value for (s, t), value in got if (s, t) == (channel[0], channel[2])] == expected
+    assert run.traffic.total == sum(100 * i for i in range(len(messages)))
 
 
 # ---- payloads ----------------------------------------------------------------------------------------------------

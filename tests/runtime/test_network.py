@@ -271,6 +271,15 @@ def test_what_a_capped_flow_leaves_goes_to_the_others():
     assert finish == pytest.approx([5e-3, 5e-3], rel=1e-12)  # 0.2 and 0.8 of the port of device 2
 
 
+@pytest.mark.parametrize("difference", [1e-3, 1e-5, 1e-8])
+def test_two_links_of_almost_one_speed_keep_their_own(difference):
+    graph = topology.full_mesh(3, Link(GB_S)).graph.copy()
+    graph.edges[0, 2]["link"] = Link(GB_S * (1 + difference))
+    machine = Topology("almost even", graph, (0, 1, 2), lambda a, b: [a, b])
+    expected = [1e-3, 1e-3 / (1 + difference)]
+    assert simulate(machine, [(0, 1, MB, 0.0), (0, 2, MB, 0.0)]) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_link_without_limit_costs_latency_only():
     assert simulate(topology.full_mesh(2, Link(inf, 1e-6)), [(0, 1, MB, 0.0)] * 3).tolist() == [1e-6] * 3
 

@@ -8,6 +8,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from reference import dense_attention, dense_attention_backward
+from toolkit.claims.sequence_parallel import token_ring as claims
 from toolkit.runtime import Cluster, hardware, like, shard, topology
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import ring_attention as ring
@@ -471,6 +472,29 @@ def test_without_data_time_bytes_and_memory_are_the_same(causal, layout):
         shape_only.peak_memory,
         list(shape_only.trace),
     )
+
+
+# ---- four A10s, as the claims calibrate them -------------------------------------------------------------------------
+
+
+def test_the_messages_of_the_a10_case_have_the_sizes_of_its_model():
+    assert (claims.QUERIES, claims.RESULT - claims.QUERIES) == (49_152_000, 768_000)
+
+
+def test_calibration_gives_back_the_three_times_it_was_made_of():
+    narrow = claims.a10(token_ring.attention, claims.ONE_PORT)
+    assert claims.step_seconds(claims.a10(ring.attention), 1) == pytest.approx(claims.ROUND, rel=1e-3)
+    kernels = [e.end - e.start for e in narrow.trace if e.kind == "compute" and e.name == "attention"]
+    assert kernels == pytest.approx([claims.COMPUTE] * 16, rel=2e-3)  # launching takes 5 µs, the diagonal 1 µs
+    assert claims.step_seconds(narrow, 2) == pytest.approx(claims.STEP_2, rel=0.01)
+
+
+def test_with_free_merges_the_a10_case_is_three_rounds_and_a_kernel():
+    """TokenRing lies between 19 and 21 ms, whatever its ports."""
+    took = claims.a10(ring.attention, memory=inf).makespan
+    assert took == pytest.approx(3 * claims.ROUND + claims.COMPUTE, rel=1e-3)
+    wide, narrow = (claims.a10(token_ring.attention, p, memory=inf).makespan for p in (inf, claims.ONE_PORT))
+    assert 0.019 < wide < narrow < 0.021
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

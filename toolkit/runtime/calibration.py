@@ -2,120 +2,31 @@
 
     python -m toolkit calibrate measured.json
 
-The model has one idea: a call takes the larger of what the machine needs and what launching it costs.
-
-    kernel      max(floor, launch overhead + curve of its kind)                                         hardware.Curve
-    message     max(floor, latency + bytes / rate); one flow has a rate of its own, and both directions of a port share
-                another: the processors and buffers that move bytes out also move bytes in              hardware.Link
-    collective  our own collective, run on the virtual machine with that link; nothing of it is fitted but three things:
-                its floor, the rate at which it copies results into place, and the rate of short messages
-
-All fits take the least mean |log(predicted / measured)|, which a stray row cannot bend.
+What is fitted: for each kind of kernel the share of the peak (for attention also where small sizes lose it); for the
+network latency, rate of one flow and rate of both directions, from messages alone. Collectives are predicted, but for
+the rate at which they copy and the rate of short messages. A launch floor for each row set. Fits minimise the mean
+|log(predicted / measured)|, which a stray row cannot bend. The model: calibrated.py.
 Chapter: foundations/how_far_to_trust_the_clock.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
-from . import hardware, topology
-from .arrays import like
-from .cluster import Cluster
+from . import hardware
+from .calibrated import COLLECTIVE_SETS, KERNEL_SETS, MESSAGE_SETS, SHORT, SHORT_SETS, Calibrated, calls
 from .hardware import Curve, Device, Link
 from .measurements import SETS, Measured, MeasurementError, load
+from .units import seconds, size
 
-KERNEL_SETS = ("gemm_bf16", "copy", "flash_fwd", "flash_fwd_bwd")
-MESSAGE_SETS = ("p2p_ring_shift", "p2p_one_way")
-COLLECTIVE_SETS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
+LAUNCH = 5e-6  # seconds per kernel of a GPU without a data sheet here
 POWER = {"attention": 1.0, "attention_backward": 1.0, "causal attention": 0.5, "causal attention_backward": 0.5}
-SHORT, SHORT_SETS = 2**20, COLLECTIVE_SETS[:3]  # bytes up to which these collectives may use a protocol for short messages
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """A fitted machine.
-
-    floors      seconds that a call takes at least, by row set
-    short_rate  bytes/s of one flow in the collectives of SHORT_SETS when a rank's input is at most SHORT bytes
-    """
-
-    device: Device
-    link: Link | None = None
-    short_rate: float = np.inf
-    floors: dict = field(default_factory=dict)
-    world: int = 2
-
-    def predict(self, row):
-        """Seconds that the model gives for a row."""
-        if row.set in KERNEL_SETS:
-            return max(self.floors.get(row.set, 0.0), self.kernels(row))
-        return self.run(row).makespan
-
-    def run(self, row):
-        """The virtual run of a message or collective row."""
-        link = replace(self.link, latency=self.link.latency / 2, floor=self.floors.get(row.set, 0.0))  # two hops
-        if row.set in SHORT_SETS and row.nbytes <= SHORT:
-            link = replace(link, flow_cap=min(link.flow_cap, self.short_rate))
-        cluster = Cluster(topology.switch(self.world, link), device=self.device)
-        return cluster.run(PROGRAMS[row.set], like((row.nbytes // 2,), np.float16))
-
-    def kernels(self, row):
-        """Seconds of a row's kernels, without a floor."""
-        return sum(self.device.seconds(flops, nbytes, "bfloat16", kind) for kind, flops, nbytes in calls(row))
-
-    def parts(self, row):
-        """(seconds that a floor can hide, seconds that come on top): a call's kernels, or its messages and its copies."""
-        if row.set in KERNEL_SETS:
-            return self.kernels(row), 0.0
-        run = replace(self, floors={}).run(row)
-        moving = sum(event.end - event.start for event in run.trace if event.kind == "send" and event.rank == 0)
-        return moving, run.makespan - moving
-
-
-# ---- what was timed -------------------------------------------------------------------------------------------------
-
-
-def calls(row):
-    """The kernels of a row: (kind, flops, bytes) each. Same costs as toolkit.kernels declares."""
-    size = row.size
-    if row.set == "gemm_bf16":
-        return [("compute", 2 * size["n"] ** 3, 6 * size["n"] ** 2)]
-    if row.set == "copy":
-        return [("memory", 0, 2 * size["bytes"])]
-    heads, n, d, causal = (size[column] for column in ("heads", "n", "d", "causal"))
-    product, array = 2 * heads * d * (n * (n + 1) // 2 if causal else n * n), 2 * heads * n * d
-    prefix = "causal " if causal else ""
-    forward = (f"{prefix}attention", 2 * product, 4 * array)
-    return [forward] if row.set == "flash_fwd" else [forward, (f"{prefix}attention_backward", 5 * product, 8 * array)]
-
-
-def _one_way(comm, x):
-    if comm.rank == 0:
-        comm.send(x, 1)
-    elif comm.rank == 1:
-        comm.recv(0)
-
-
-def _all_reduce(comm, x):
-    return comm.all_reduce(x, algorithm="recursive_doubling" if comm.size == 2 else "ring")
-
-
-PROGRAMS = {
-    "p2p_ring_shift": lambda comm, x: comm.ishift(x, by=1).wait(),
-    "p2p_one_way": _one_way,
-    "all_reduce": _all_reduce,
-    "all_gather": lambda comm, x: comm.all_gather(x),
-    "reduce_scatter": lambda comm, x: comm.reduce_scatter(x),
-    "all_to_all": lambda comm, x: comm.all_to_all(x),
-}
-
-
-# ---- the fit ----------------------------------------------------------------------------------------------------------
-
-
-def fit(measured: Measured) -> Calibration:
+def fit(measured: Measured) -> Calibrated:
     """The machine that predicts these rows best. Raises MeasurementError if collectives come without messages."""
-    calibration = Calibration(_unfitted(measured), world=measured.world)
+    calibration = Calibrated(_unfitted(measured), world=measured.world)
     for kind, sets in (
         ("compute", "gemm_bf16"),
         ("memory", "copy"),
@@ -139,10 +50,13 @@ def _unfitted(measured):
     known = [device for name, device in hardware.devices().items() if name in measured.gpu.split()]
     if known:
         return replace(known[0], curves={})
-    rates = [(kind, (flops or nbytes) / row.seconds) for row in measured.rows if row.set in KERNEL_SETS
-             for kind, flops, nbytes in calls(row)[-1:]]  # fmt: skip
-    fastest = {side: max((rate for kind, rate in rates if (kind == "memory") == side), default=np.inf) for side in (0, 1)}
-    return Device(measured.gpu or "unknown", fastest[0], fastest[1])
+    flops, nbytes = [np.inf], [np.inf]
+    for row in measured.only(*KERNEL_SETS):
+        kind, operations, moved = calls(row)[-1]
+        working = max(row.seconds - LAUNCH, row.seconds / 2)
+        (nbytes if kind == "memory" else flops).append((operations or moved) / working)
+    fastest = [max(rates[1:] or rates) for rates in (flops, nbytes)]
+    return Device(measured.gpu or "unknown", *fastest, launch_overhead=LAUNCH)
 
 
 def _fit_curve(calibration, kind, rows):
@@ -151,11 +65,12 @@ def _fit_curve(calibration, kind, rows):
     own = [calls(row)[-1] for row in rows]
     peak = replace(device, curves={}, launch_overhead=0.0)
     ideal = np.array([peak.seconds(flops, nbytes, "bfloat16") for _, flops, nbytes in own])
-    others = [calibration.kernels(row) - device.seconds(*call[1:], "bfloat16", kind) for row, call in zip(rows, own, strict=True)]
-    rest = np.array(others) + device.launch_overhead
+    mine = [device.seconds(flops, nbytes, "bfloat16", kind) for _, flops, nbytes in own]
+    rest = np.array([calibration.kernels(row) for row in rows]) - mine + device.launch_overhead
 
     def curve(x):
-        return Curve(float(min(1.0, np.exp(x[0]))), float(np.exp(x[1])), power) if power else Curve(float(min(1.0, np.exp(x[0]))))
+        share = min(1.0, float(np.exp(x[0])))
+        return Curve(share, float(np.exp(x[1])), power) if power else Curve(share)
 
     starts = [(share, half) for share in (0.3, 0.8) for half in (1e-6, 3e-5)] if power else [(0.3,), (0.8,)]
     best = curve(_least(lambda x: _floor(rows, rest + curve(x).seconds(ideal))[0], starts))
@@ -203,18 +118,19 @@ def _fit_copies(calibration, rows):
 def _fit_floors(calibration, measured):
     """What launching costs, by row set; then the rate of short messages, from the collectives that stay too fast."""
     floors, rates = {}, []
-    for name in SETS:
+    for name in [name for name in SETS if measured.only(name)]:
         rows = measured.only(name)
-        moving, rest = np.transpose([calibration.parts(row) for row in rows]) if rows else (np.zeros(0), 0.0)
-        floors[name] = _floor(rows, moving, rest, even=True)[1] if rows else 0.0
-        for row, flight, more in zip(rows, moving, rest, strict=True) if name in SHORT_SETS else ():
-            if row.nbytes <= SHORT and row.seconds > 1.5 * (max(floors[name], flight) + more):
-                nbytes = calibration.run(row).traffic.by_pair.sum(axis=1)[0]
-                rates.append(nbytes / (row.seconds - more - calibration.link.latency))
+        moving, rest = np.transpose([calibration.parts(row) for row in rows])
+        floors[name] = _floor(rows, moving, rest, even=True)[1]
+        for row, flight, copies in zip(rows, moving, rest, strict=True):
+            expected = max(floors[name], flight) + copies
+            if name in SHORT_SETS and row.nbytes <= SHORT and row.seconds > 1.5 * expected:
+                sent = calibration.run(row).traffic.by_pair[0].sum()
+                rates.append(sent / (row.seconds - copies - calibration.link.latency))
     return replace(calibration, floors=floors, short_rate=float(np.median(rates)) if rates else np.inf)
 
 
-# ---- errors -----------------------------------------------------------------------------------------------------------
+# ---- errors ---------------------------------------------------------------------------------------------------------
 
 
 def _error(rows, times, even=False):
@@ -239,3 +155,97 @@ def _least(loss, starts):
     options = {"xatol": 1e-5, "fatol": 1e-9, "maxiter": 4000}
     found = (minimize(loss, np.log(start), method="Nelder-Mead", options=options) for start in starts)
     return min(found, key=lambda result: result.fun).x
+
+
+def geometric_error(rows, times):
+    """exp(mean |log(times / measured)|) - 1: 0.1 says that a prediction is typically off by a factor of 1.1."""
+    return float(np.exp(_error(rows, np.array(times), even=True)) - 1)
+
+
+# ---- the report -----------------------------------------------------------------------------------------------------
+
+
+class SetError(NamedTuple):
+    """Geometric errors of one row set: of all rows; of those that take longer than a launch (None without any); of all
+    rows, each predicted by a fit that did not see it (None if not asked for)."""
+
+    set: str
+    rows: int
+    error: float
+    working_rows: int
+    working_error: float | None
+    left_out_error: float | None
+
+
+def without_seeing(measured: Measured) -> list:
+    """Each row's prediction by a fit without it: fold k leaves out row k of every set."""
+    number = {}
+    for name in SETS:
+        number |= {id(row): k for k, row in enumerate(measured.only(name))}
+    times = {}
+    for fold in range(max(number.values()) + 1):
+        kept = tuple(row for row in measured.rows if number[id(row)] != fold)
+        calibrated = fit(replace(measured, rows=kept))
+        times |= {id(row): calibrated.predict(row) for row in measured.rows if number[id(row)] == fold}
+    return [times[id(row)] for row in measured.rows]
+
+
+def summary(measured: Measured, calibrated: Calibrated, left_out=None) -> list:
+    """A SetError for each row set of the file; `left_out` is what `without_seeing` returned."""
+    rows = []
+    for name in [name for name in SETS if measured.only(name)]:
+        mine = measured.only(name)
+        working = [row for row in mine if not calibrated.launch_bound(row)]
+        unseen = [t for row, t in zip(measured.rows, left_out or (), strict=bool(left_out)) if row.set == name]
+        rows.append(SetError(
+            name,
+            len(mine),
+            geometric_error(mine, [calibrated.predict(row) for row in mine]),
+            len(working),
+            geometric_error(working, [calibrated.predict(row) for row in working]) if working else None,
+            geometric_error(mine, unseen) if left_out else None,
+        ))  # fmt: skip
+    return rows
+
+
+def run_calibrate(path):
+    """Print the fitted machine, the error of every row and the geometric error of every row set."""
+    from toolkit.show import text
+
+    measured = load(path)
+    calibrated = fit(measured)
+    print(f"{measured.gpu}, {measured.world} ranks: {measured.environment}\n")
+    print(text.table([_row(row, calibrated) for row in measured.rows], ROW_HEADERS))
+    errors = summary(measured, calibrated, without_seeing(measured))
+    print("\n" + text.table([(e.set, e.rows, *map(_percent, (e.error, e.left_out_error)), e.working_rows,
+                              _percent(e.working_error)) for e in errors], SET_HEADERS))  # fmt: skip
+    print("\n" + "\n".join(describe(calibrated)))
+
+
+ROW_HEADERS = ("row set", "size", "measured", "fastest … slowest run", "predicted", "error", "")
+SET_HEADERS = ("row set", "rows", "error", "error of unseen rows", "rows above the launch floor", "their error")
+
+
+def _row(row, calibrated):
+    predicted = calibrated.predict(row)
+    notes = [*(["launch"] if calibrated.launch_bound(row) else []), *(["runs differ by 2 ×"] if row.noisy else [])]
+    spread, error = f"{seconds(row.low)} … {seconds(row.high)}", f"{predicted / row.seconds - 1:+.0%}"
+    return row.set, str(row), seconds(row.seconds), spread, seconds(predicted), error, ", ".join(notes)
+
+
+def _percent(error):
+    return "" if error is None else f"{error:.1%}"
+
+
+def describe(calibrated):
+    """The fitted numbers, one line each."""
+    for kind, curve in calibrated.device.curves.items():
+        half = f", half of it at {seconds(curve.half)} of work (power {curve.power:g})" if curve.half else ""
+        yield f"{kind}: {curve.share:.1%} of the peak{half}"
+    if calibrated.link:
+        link = calibrated.link
+        yield (f"link: latency {seconds(link.latency)}, one flow {size(link.flow_cap)}/s, "
+               f"both directions together {size(link.bandwidth)}/s")  # fmt: skip
+    if np.isfinite(calibrated.short_rate):
+        yield f"collectives up to {size(SHORT)}: {size(calibrated.short_rate)}/s"
+    yield "launch floors: " + ", ".join(f"{name} {seconds(floor)}" for name, floor in calibrated.floors.items())

@@ -41,13 +41,14 @@ class Link:
 
 @dataclass(frozen=True)
 class Curve:
-    """How near one kind of kernel comes to the roofline. With t = ideal seconds / share it takes t + half^power · t^(1-power),
-    so its efficiency is share · t^power / (t^power + half^power): half of `share` at t = half.
+    """How near one kind of kernel comes to the roofline: efficiency = share · t^power / (t^power + half^power).
+
+    t = seconds on the roofline / share, so the kernel takes t + half^power · t^(1-power).
 
     share   of the peak that very long kernels attain, in (0, 1]
-    half    seconds; 0: the same efficiency at every size
-    power   1: a start-up time is added (pipeline fill, first tiles). 1/2: time grows with the square root of the work as
-            well, as the longest row of a causal mask does
+    half    seconds: at t = half a kernel attains half of its share. 0: all of it at every size
+    power   1: a start-up time is added (pipeline fill, first tiles). 1/2: what is added grows with the square root of
+            the work, as the longest row of a causal mask does
     """
 
     share: float = 1.0
@@ -99,7 +100,7 @@ class Device:
         if not 0 <= self.overlap_slowdown < 1:
             raise ValueError(f"device {self.name!r}: overlap_slowdown lies in [0, 1)")
         if not (0 <= self.launch_overhead < math.inf and self.memory_capacity > 0):
-            raise ValueError(f"device {self.name!r} needs launch_overhead of at least 0 s and memory_capacity above 0 B")
+            raise ValueError(f"device {self.name!r}: launch_overhead is at least 0 s, memory_capacity above 0 B")
 
     def rate(self, dtype):
         """Attained operations per second for a numpy dtype or its name."""
@@ -127,7 +128,21 @@ IDEAL = Device("ideal", math.inf, math.inf)  # computes in no time: what remains
 A10 = Device("A10", _matrix(125e12, 31.2e12, 0.976e12), 600e9, 24e9, 5e-6)  # NVIDIA A10 datasheet, 2021
 A100 = Device("A100", _matrix(312e12, 19.5e12, 19.5e12), 2.039e12, 80e9, 5e-6)  # A100 80 GB SXM datasheet, 2021
 H100 = Device("H100", _matrix(989.4e12, 66.9e12, 66.9e12), 3.35e12, 80e9, 5e-6)  # H100 SXM5 datasheet, 2022
-H200 = Device("H200", _matrix(989.4e12, 66.9e12, 66.9e12), 4.8e12, 141e9, 5e-6)  # H200 SXM datasheet, 2023
+H200 = Device(  # peaks: H200 SXM datasheet, 2023
+    "H200",
+    _matrix(989.4e12, 66.9e12, 66.9e12),
+    4.8e12,
+    141e9,
+    5e-6,
+    curves={  # fitted to the kernel rows of all files in measured/: bfloat16, 32 heads of 128, PyTorch 2.11
+        "compute": Curve(0.796),
+        "memory": Curve(0.894),
+        "attention": Curve(0.351, 3.2e-6),
+        "causal attention": Curve(0.379, 53e-6, 0.5),
+        "attention_backward": Curve(0.313, 100e-6),
+        "causal attention_backward": Curve(0.337, 148e-6, 0.5),
+    },
+)
 MI250X = Device(
     "MI250X", _matrix(191.5e12, 47.9e12, 47.9e12), 1.638e12, 64e9, 5e-6
 )  # one GCD: half the datasheet, 2021
@@ -144,6 +159,13 @@ PCIE5 = Link(63.0e9, 2e-6, name="PCIe 5 x16")  # 32 GT/s × 16 × 128/130
 IB_HDR = Link(25e9, 3e-6, name="InfiniBand HDR")  # 200 Gb/s
 IB_NDR = Link(50e9, 3e-6, name="InfiniBand NDR")  # 400 Gb/s
 # Latencies above are orders of magnitude for a GPU-to-GPU message, not data-sheet figures.
+
+# Fitted to the messages of measured/: two H200 in one host, NCCL 2.28.9 from PyTorch, what one port attains. Not
+# duplex: both directions together move `bandwidth`, one flow at most `flow_cap`. Floor: a shift issued on its own, about twice
+# what one whole short collective takes: give short collectives `replace(link, floor=70e-6)` or less.
+H200_NVLINK = Link(623e9, 16.7e-6, False, 367e9, "NVLink, measured", floor=146e-6)
+H200_HOST_MEMORY = Link(48.4e9, 13.0e-6, False, 37.0e9, "host memory, measured", floor=131e-6)
+H200_ONE_CHANNEL = Link(41.9e9, 4.5e-6, False, 34.3e9, "NVLink by one NCCL channel, measured", floor=126e-6)
 
 
 def devices():

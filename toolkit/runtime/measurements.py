@@ -82,20 +82,21 @@ def load(path):
     except ValueError as error:
         raise MeasurementError(f"{path}: is not JSON: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("micro"), dict):
-        raise MeasurementError(f'{path}: has no "micro": a file of measurements is {{"gpu": …, "world": …, "micro": {{…}}}}')
+        raise MeasurementError(f'{path}: has no "micro": it must hold {{"gpu": …, "world": …, "micro": {{…}}}}')
     world = content.get("world", 2)
     if not isinstance(world, int) or world < 2:
         raise MeasurementError(f'{path}: "world" is {world!r}: it must be a number of ranks, 2 or more')
     rows = [row for name, entries in content["micro"].items() for row in _rows(path, name, entries)]
     if not rows:
         raise MeasurementError(f'{path}: "micro" has no rows')
-    return Measured(path.stem, str(content.get("environment", path.stem)), str(content.get("gpu", "")), world, tuple(rows))
+    environment, gpu = str(content.get("environment", path.stem)), str(content.get("gpu", ""))
+    return Measured(path.stem, environment, gpu, world, tuple(rows))
 
 
 def shipped():
     """The files of this package: name -> Measured. Source: timed by this project, PyTorch 2.11, NCCL 2.28.9."""
-    found = (Path(__file__).parent / "measured").glob("*.json")
-    return {path.stem.removeprefix("h200x2_"): load(path) for path in sorted(found, key=lambda p: "nvlink" not in p.stem)}
+    folder = Path(__file__).parent / "measured"
+    return {name: load(folder / f"h200x2_{name}.json") for name in ("nvlink", "host_memory", "one_channel")}
 
 
 def _rows(path, name, entries):

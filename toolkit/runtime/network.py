@@ -2,7 +2,8 @@
 
 A flow first pays its route's latency, then moves its bytes at its current fair rate. When flows start or end, only
 the flows that are connected to them through shared links get new rates; all others keep their finish times to the bit.
-The model is SimGrid's CM02 without TCP correction factors (Casanova et al. 2014), and the answers agree with it.
+The model is SimGrid's CM02 without TCP correction factors (Casanova et al. 2014), and the answers agree with it where
+all latencies are equal: there a flow's share of a link falls with its latency, as TCP's does; here shares are equal.
 """
 
 import numpy as np

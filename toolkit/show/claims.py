@@ -56,7 +56,7 @@ def claims_text(verdicts):
         if (v.part, v.system) != system:
             system = v.part, v.system
             lines.append(f"{v.part}/{v.system}")
-        numbers = zip(("paper", "ours", "ratio"), _numbers(v), strict=True)
+        numbers = zip(("paper", "ours", "ratio"), in_words(v), strict=True)
         beside = "   ".join(f"{name} {text}" for name, text in numbers if text)
         lines.append(f"  {SIGN[v.verdict]} {v.verdict}: {v.says} ({v.where})")
         lines.append(f"      {beside}   ({v.seconds:.1f} s to measure)")
@@ -69,12 +69,12 @@ def markdown(verdicts):
     """A Markdown table without the time it took, so that a file in git changes only when a result does."""
     lines = [f"| system | {' | '.join(HEADERS)} |", "|" + " --- |" * (len(HEADERS) + 1)]
     for v in verdicts:
-        cells = (v.system, f"{v.says} ({v.where})", *_numbers(v), f"{SIGN[v.verdict]} {v.verdict}", v.why)
+        cells = (v.system, f"{v.says} ({v.where})", *in_words(v), f"{SIGN[v.verdict]} {v.verdict}", v.why)
         lines.append("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
     return "\n".join([*lines, "", summary(verdicts), ""])
 
 
-def _numbers(v):
+def in_words(v):
     """(paper, ours, ratio) as text; a unit is written after each number, a direction as it is."""
     paper = v.paper_value if isinstance(v.paper_value, str) else _with_unit(v.paper_value, v.unit)
     return paper, "" if v.ours is None else _with_unit(v.ours, v.unit), "" if v.ratio is None else f"{v.ratio:.2f}"
@@ -87,6 +87,6 @@ def _with_unit(value, unit):
 
 def _html_row(v):
     what = f"{escape(v.says)} <small>({escape(v.where)})</small>"
-    cells = "".join(f"<td>{escape(text)}</td>" for text in _numbers(v))
+    cells = "".join(f"<td>{escape(text)}</td>" for text in in_words(v))
     sign = f'<td data-verdict="{v.verdict.replace(" ", "-")}">{SIGN[v.verdict]}&nbsp;{v.verdict}</td>'
     return f'<th scope="row">{what}</th>{cells}{sign}<td>{escape(v.why)}</td>'
