@@ -15,10 +15,23 @@ from toolkit.sequence_parallel import ring_attention, token_ring
 RANKS, REPETITIONS = 8, 7
 
 
-def seconds(function):
+def seconds(function, *arguments):
     start = time.perf_counter()
-    function()
+    function(*arguments)
     return time.perf_counter() - start
+
+
+def race(cluster, arrays):
+    """Medians: seconds of one kernel call, and what ring attention and TokenRing take as multiples of it."""
+    shards = [shard(a, axis=1) for a in arrays]
+    programs = [ring_attention.attention, token_ring.attention]
+    for program in programs:  # compile, and touch all memory once
+        cluster.run(program, *shards)
+    turns = []
+    for _ in range(REPETITIONS):
+        alone = seconds(attention, *arrays)
+        turns.append([alone, *(seconds(cluster.run, program, *shards) / alone for program in programs)])
+    return [median(column) for column in zip(*turns, strict=True)]
 
 
 def main():
@@ -26,16 +39,8 @@ def main():
     cluster = Cluster(topology.full_mesh(RANKS, hardware.NVLINK4), device=hardware.H100)
     print("tokens   one kernel   ring   token ring   (ratios to one kernel: median of paired runs)")
     for tokens in (2048, 4096, 8192):
-        q, k, v = (rng.standard_normal((8, tokens, 64)).astype(np.float32) for _ in range(3))
-        shards = [shard(a, axis=1) for a in (q, k, v)]
-        programs = [ring_attention.attention, token_ring.attention]
-        attention(q, k, v)
-        [cluster.run(program, *shards) for program in programs]
-        pairs = []
-        for _ in range(REPETITIONS):
-            alone = seconds(lambda: attention(q, k, v))
-            pairs.append([alone, *(seconds(lambda p=p: cluster.run(p, *shards)) / alone for p in programs)])
-        alone, ring, token = (median(column) for column in zip(*pairs, strict=True))
+        arrays = [rng.standard_normal((8, tokens, 64)).astype(np.float32) for _ in range(3)]
+        alone, ring, token = race(cluster, arrays)
         print(f"{tokens:6}   {alone * 1e3:7.1f} ms   {ring:.3f}   {token:.3f}")
 
 

@@ -275,6 +275,7 @@ BAD = {
     "no column": ({"micro": {"copy": [COPY, {"median": 1e-6}]}}, "copy row 2 has no 'bytes'"),
     "text for a time": ({"micro": {"copy": [{**COPY, "median": "2 µs"}]}}, "copy row 1: 'median' is '2 µs'"),
     "a time below 0": ({"micro": {"copy": [{**COPY, "min": -1e-6}]}}, "'min' is -1e-06: it must be a number above 0"),
+    "half a byte": ({"micro": {"copy": [{**COPY, "bytes": 0.5}]}}, "'bytes' is 0.5: it must be a whole number above 0"),
     "wrong order": ({"micro": {"copy": [{**COPY, "min": 9e-6}]}}, "are not in this order"),
     "one rank": ({"world": 1, "micro": {"copy": [COPY]}}, '"world" is 1'),
     "no messages": ({"micro": {"all_gather": [{"bytes_per_rank_input": 1024, "median": 1e-6}]}}, "needs rows of both"),

@@ -52,7 +52,7 @@ class Communicator(collectives.Collectives):
     # ---- messages -------------------------------------------------------------------------------------------------
 
     def isend(self, x, dest, tag=0, *, nbytes=None, nbits=None, wire=None):
-        """Start sending `x`. Returns a Request; `x` is read-only until it is done.
+        """Start sending `x`. Returns a Request; `x`, and any view taken of it meanwhile, is read-only until it is done.
 
         x        array or nested tuple of arrays; () is a message of no bytes
         wire     dtype that values are rounded to on the way, or a nested tuple of dtypes and None, one an array
@@ -201,4 +201,6 @@ def _wire_bytes(payload, wire):
     if isinstance(payload, np.ndarray):
         return payload.nbytes if wire is None else payload.size * np.dtype(wire).itemsize
     each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
+    if len(each) != len(payload):
+        raise ShapeError(f"wire has {len(each)} dtypes for a message of {len(payload)} parts: give one each, or None")
     return sum(_wire_bytes(part, kind) for part, kind in zip(payload, each, strict=True))

@@ -161,8 +161,8 @@ IB_NDR = Link(50e9, 3e-6, name="InfiniBand NDR")  # 400 Gb/s
 # Latencies above are orders of magnitude for a GPU-to-GPU message, not data-sheet figures.
 
 # Fitted to the messages of measured/: two H200 in one host, NCCL 2.28.9 from PyTorch, what one port attains. Not
-# duplex: both directions together move `bandwidth`, one flow at most `flow_cap`. Floor: a shift issued on its own, about twice
-# what one whole short collective takes: give short collectives `replace(link, floor=70e-6)` or less.
+# duplex: both directions together move `bandwidth`, one flow at most `flow_cap`. Floor: a shift issued on its own.
+# That is about twice what a whole short collective takes; for those, `replace(link, floor=…)`.
 H200_NVLINK = Link(623e9, 16.7e-6, False, 367e9, "NVLink, measured", floor=146e-6)
 H200_HOST_MEMORY = Link(48.4e9, 13.0e-6, False, 37.0e9, "host memory, measured", floor=131e-6)
 H200_ONE_CHANNEL = Link(41.9e9, 4.5e-6, False, 34.3e9, "NVLink by one NCCL channel, measured", floor=126e-6)

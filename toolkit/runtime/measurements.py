@@ -114,10 +114,12 @@ def _row(where, name, entry):
             raise MeasurementError(f"{where} has no {column!r}: it needs {', '.join(needed)}")
     median = entry["median"]
     times = [entry.get("min", median), median, entry.get("max", median)]
-    for column, value in [*zip(("min", "median", "max"), times, strict=True), *((c, entry[c]) for c in COLUMNS[name])]:
-        number = isinstance(value, (int, float)) and math.isfinite(value)
-        if not number or (value <= 0 and column != "causal"):
+    for column, value in zip(("min", "median", "max"), times, strict=True):
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise MeasurementError(f"{where}: {column!r} is {value!r}: it must be a number above 0")
+    for column in COLUMNS[name]:
+        if not isinstance(entry[column], int) or (entry[column] <= 0 and column != "causal"):
+            raise MeasurementError(f"{where}: {column!r} is {entry[column]!r}: it must be a whole number above 0")
     if not times == sorted(times):
         raise MeasurementError(f"{where}: min {times[0]}, median {times[1]}, max {times[2]} are not in this order")
     return Row(name, {column: entry[column] for column in COLUMNS[name]}, median, times[0], times[2])

@@ -57,6 +57,8 @@ class Request:
         timeout  virtual seconds
         raises   RequestTimeout, RequestCancelled
         """
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"a timeout is a number of seconds, at least 0, not {timeout}")
         if not self.done:
             self.machine.block(self, timeout)
             if not self.done:
@@ -157,7 +159,9 @@ class Both(Request):
         return received
 
     def cancel(self):
-        return all([self.send.cancel(), self.receive.cancel()])
+        if self.send.matched or self.receive.matched:
+            return False
+        return self.send.cancel() and self.receive.cancel()
 
     def requests(self):
         return (self.send, self.receive)

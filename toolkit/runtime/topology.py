@@ -77,14 +77,17 @@ def full_mesh(n, link):
 
 
 def ring(n, link, *, backward=False):
-    """Links r ↔ r+1 only. Messages take the shorter way round, ties forward; `backward=True`: always downwards."""
+    """Links r ↔ r+1 only. Messages take the shorter way round, ties forward.
+
+    backward   True: upwards only to the next neighbour, everything else the long way down
+    """
     graph = _empty(n)
     for a in range(n if n > 2 else n - 1):
         _join(graph, a, (a + 1) % n, link)
 
     def path(a, b):
         ahead = (b - a) % n
-        step = -1 if backward or ahead > n - ahead else 1
+        step = -1 if ahead > (1 if backward else n - ahead) else 1
         return [(a + step * k) % n for k in range((ahead if step == 1 else n - ahead) % n + 1)]
 
     return Topology(f"ring of {n}", graph, tuple(range(n)), path)

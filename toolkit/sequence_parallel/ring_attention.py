@@ -16,7 +16,7 @@ from toolkit.kernels.attention import attention as attention_block
 from toolkit.kernels.attention import attention_backward as backward_block
 from toolkit.kernels.attention import delta, empty_accumulator, finish, merge, visible_area
 from toolkit.kernels.elementwise import accumulate
-from toolkit.runtime.collectives import concatenate
+from toolkit.runtime.algorithms import concatenate
 from toolkit.runtime.errors import ShapeError
 from toolkit.runtime.layout import LAYOUTS
 
