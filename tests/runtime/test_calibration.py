@@ -95,6 +95,11 @@ def test_a_row_that_was_left_out_has_no_part_in_its_own_prediction():
     assert without_seeing(tripled)[:-1] != without_seeing(measured)[:-1]
 
 
+def test_the_only_row_of_a_set_cannot_be_left_out():
+    lonely = Measured("lonely", "", "NVIDIA H200", 2, tuple(shipped()["nvlink"].only("copy")[-1:]))
+    assert np.isnan(without_seeing(lonely)).tolist() == [True]
+
+
 # ---- the fit --------------------------------------------------------------------------------------------------------
 
 

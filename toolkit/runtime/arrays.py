@@ -10,7 +10,10 @@ from .errors import DtypeError
 
 
 class _NoData(np.ndarray):
-    """The one-element owner behind every shape-only array; its type is the mark."""
+    """The one-element owner behind every shape-only array of a dtype; its type is the mark."""
+
+
+_owners = {}
 
 
 def like(template, dtype=None):
@@ -29,7 +32,10 @@ def like(template, dtype=None):
 
 
 def _shape_only(shape, dtype):
-    return np.ndarray(shape, dtype, _NoData(1, dtype), 0, (0,) * len(shape))
+    owner = _owners.get(dtype)
+    if owner is None:
+        owner = _owners[dtype] = _NoData(1, dtype)
+    return np.ndarray(shape, dtype, owner, 0, (0,) * len(shape))
 
 
 def is_shape_only(array):

@@ -178,16 +178,15 @@ class SetError(NamedTuple):
 
 
 def without_seeing(measured: Measured) -> list:
-    """Each row's prediction by a fit without it: fold k leaves out row k of every set."""
+    """Each row's prediction by a fit without it: fold k leaves out row k of every set; nan for an only row."""
     number = {}
-    for name in SETS:
-        number |= {id(row): k for k, row in enumerate(measured.only(name))}
+    for rows in map(measured.only, SETS):
+        number |= {id(row): k for k, row in enumerate(rows) if len(rows) > 1}
     times = {}
-    for fold in range(max(number.values()) + 1):
-        kept = tuple(row for row in measured.rows if number[id(row)] != fold)
-        calibrated = fit(replace(measured, rows=kept))
-        times |= {id(row): calibrated.predict(row) for row in measured.rows if number[id(row)] == fold}
-    return [times[id(row)] for row in measured.rows]
+    for fold in range(max(number.values(), default=-1) + 1):
+        calibrated = fit(replace(measured, rows=tuple(row for row in measured.rows if number.get(id(row)) != fold)))
+        times |= {id(row): calibrated.predict(row) for row in measured.rows if number.get(id(row)) == fold}
+    return [times.get(id(row), np.nan) for row in measured.rows]
 
 
 def summary(measured: Measured, calibrated: Calibrated, left_out=None) -> list:
@@ -234,7 +233,7 @@ def _row(row, calibrated):
 
 
 def _percent(error):
-    return "" if error is None else f"{error:.1%}"
+    return "" if error is None or np.isnan(error) else f"{error:.1%}"
 
 
 def describe(calibrated):

@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 from greenlet import getcurrent
@@ -54,12 +54,13 @@ class Cluster:
         machine = Machine(self.topology, self.devices)
         outputs = [None] * self.size
         everyone = tuple(range(self.size))
+        call = _caller(len(args), options)
         for processor in machine.processors:
-            mine = [_own(value, processor.rank, self.size) for value in args]
+            mine = [_own(value, processor.rank, self.size) for value in reversed(args)]
             named = {name: _own(value, processor.rank, self.size) for name, value in options.items()}
             processor.memory.track((mine, list(named.values())), "argument")
             comm = Communicator(processor, everyone)
-            processor.spawn(_program(program, comm, mine, named, outputs))
+            processor.spawn(partial(_run, call, program, comm, mine, named, outputs))
             del mine, named
         with _without_collector():
             machine.engine.run(machine.deadlock)
@@ -89,17 +90,18 @@ def _own(value, rank, size):
     return value
 
 
-def _program(program, comm, mine, named, outputs):
-    # Arguments are spelled out and popped, so that the program's own frame holds the only reference to its arrays:
-    # a rank that rebinds `k` frees the memory. A call f(*args) would keep the tuple alive.
-    words = ["comm", *("mine.pop()" for _ in mine), *(f"{name}=named.pop({name!r})" for name in named)]
-    mine.reverse()
-    call = eval(f"lambda program, comm, mine, named: program({', '.join(words)})")
+def _run(call, program, comm, positional, named, outputs):
+    outputs[comm.rank] = call(program, comm, positional, named)
 
-    def body():
-        outputs[comm.rank] = call(program, comm, mine, named)
 
-    return body
+def _caller(positional, named):
+    """A function that calls `program(comm, *positional, **named)` with every argument spelled out and popped.
+
+    The program's own frame then holds the only reference to its arrays: a rank that rebinds `k` frees the memory.
+    A call f(*args) would keep the tuple alive.
+    """
+    words = ["comm", *("positional.pop()" for _ in range(positional)), *(f"{n}=named.pop({n!r})" for n in named)]
+    return eval(f"lambda program, comm, positional, named: program({', '.join(words)})")
 
 
 class Run:
@@ -111,7 +113,6 @@ class Run:
         self.makespan = machine.engine.now  # virtual seconds until the last rank returned
         self.peak_memory = [p.memory.peak for p in machine.processors]  # bytes per rank
         self._memory = [p.memory for p in machine.processors]
-        self._bytes = dict(machine.traffic)
 
     def gather(self, axis=0, layout="contiguous"):
         """The ranks' outputs joined along `axis`: the inverse of `shard`. Tuples are joined part by part."""
@@ -128,7 +129,7 @@ class Run:
     @cached_property
     def traffic(self):
         """Bytes moved: `total`, `by_pair[source, dest]`, `by_link[u, v]`."""
-        return Traffic(self._bytes, self.cluster)
+        return Traffic(self.trace.messages, self.cluster)
 
     def exposed(self, rank=None):
         """Seconds that a rank's program was blocked on messages; without `rank`, of the rank that waited longest."""
@@ -155,15 +156,16 @@ class Run:
 class Traffic:
     """Payload bytes of all messages, each counted once."""
 
-    def __init__(self, by_pair, cluster):
-        self.total = sum(by_pair.values())
+    def __init__(self, messages, cluster):
+        source, dest, nbytes = messages[:, [0, 1, 3]].astype(np.int64).T
+        self.total = int(nbytes.sum())
         self.by_pair = np.zeros((cluster.size, cluster.size), np.int64)
+        np.add.at(self.by_pair, (source, dest), nbytes)
         self.by_link = {}
         ranks = cluster.topology.ranks
-        for (source, dest), nbytes in sorted(by_pair.items()):
-            self.by_pair[source, dest] = nbytes
-            for edge in cluster.topology.route(ranks[source], ranks[dest]):
-                self.by_link[edge] = self.by_link.get(edge, 0) + nbytes
+        for a, b in sorted(set(zip(source.tolist(), dest.tolist(), strict=True))):
+            for edge in cluster.topology.route(ranks[a], ranks[b]):
+                self.by_link[edge] = self.by_link.get(edge, 0) + int(self.by_pair[a, b])
 
     def __repr__(self):
         return f"Traffic(total={self.total})"

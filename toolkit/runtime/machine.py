@@ -4,11 +4,10 @@ A transfer starts when both sides have posted (rendezvous). From then until it e
 the receiver's copy counts as the receiver's memory.
 """
 
-from collections import defaultdict
-
+import numpy as np
 from greenlet import getcurrent
 
-from .arrays import copy_of, first_array, is_shape_only, leaves, map_arrays, round_to, same_bits
+from .arrays import copy_of, first_array, is_shape_only, leaves, like, map_arrays, round_to, same_bits
 from .deadlock import deadlock_report
 from .engine import Engine
 from .errors import BufferInUse, DeadlockError, UnreceivedMessage
@@ -27,7 +26,6 @@ class Machine:
         self.network = FluidNetwork(topology, self._arrived)
         self.engine = Engine(self.network)
         self.trace = Trace()
-        self.traffic = defaultdict(int)  # (source, dest) -> payload bytes
         self.processors = [Processor(self, rank, device) for rank, device in enumerate(devices)]
         self.contexts = {}  # what a communicator or collective is called -> its number
         self.collectives = {}  # collective in progress -> (signature, first caller, ranks still to come)
@@ -91,7 +89,6 @@ class Machine:
             return self.engine.call_at(due, lambda: self._arrived(self._late.pop(self._late.index(message))))
         if self._slowdown:
             self._flows_changed(send, receive, -1)
-        self.traffic[source, dest] += send.nbytes
         self.trace.message(source, dest, send.label, send.nbytes, send.posted, receive.posted, start, self.engine.now)
         if send.protected:
             self._check_untouched(send, receive.payload)
@@ -121,6 +118,9 @@ class Machine:
     def protect(self, send):
         """Copy what is sent and make the originals read-only until the message has arrived."""
         payload, send.protected = send.payload, None
+        if type(payload) is np.ndarray and is_shape_only(payload):
+            send.snapshot = like(payload)
+            return
         send.snapshot = map_arrays(copy_of, payload)
         if (first := first_array(payload)) is None or is_shape_only(first):
             return
