@@ -52,8 +52,8 @@ class Processor:
         engine = self.machine.engine
         start = max(engine.now, self.free_at)
         if duration == 0.0 and start == engine.now:
-            return
-        if self.device.overlap_slowdown:
+            pass  # an ideal device: nothing to wait for, but a row in the trace
+        elif self.device.overlap_slowdown:
             start = self._occupy_while_slowed(duration)
         else:
             self.free_at = start + duration
