@@ -209,19 +209,19 @@ class Machine:
 
     def check_nothing_left(self):
         """After a clean end: no message may be left without its other side."""
-        for box, text, advice in (
+        for box, one, many, advice in (
             (
                 self._sends,
                 "was never received",
                 "Post a receive with the same source and tag, or do not send.",
             ),
-            (self._receives, "never got a message", "Send one, or cancel() the receive."),
+            (self._receives, "receive never got a message", "receives never got a message", "Send one, or cancel() the receive."),
         ):
             left = [half for halves in box.values() for half in halves]
             if left:
                 lines = [f"  rank {h.rank}   {h}   posted at {site_text(h.site)}" for h in left[:8]]
                 raise UnreceivedMessage(
-                    f"the run ended, and {len(left)} posted operation(s) {text}:\n" + "\n".join(lines) + f"\n{advice}"
+                    f"the run ended, and {len(left)} posted {one if len(left) == 1 else many}:\n" + "\n".join(lines) + f"\n{advice}"
                 )
 
 
