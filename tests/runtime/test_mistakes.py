@@ -268,7 +268,7 @@ def two_shapes_of_a_started_collective(comm, wrong):
 # ---- messages with one side only ---------------------------------------------------------------------------------
 
 
-@case(UnreceivedMessage, "rank 0   send(dest=1)", "was never received", "Post a receive")
+@case(UnreceivedMessage, "rank 0   send(dest=1)", "never received", "Post a receive")
 def a_message_that_nobody_receives(comm, wrong):
     if comm.rank == 0:
         comm.isend(np.zeros(1), dest=1)  # here
@@ -276,7 +276,7 @@ def a_message_that_nobody_receives(comm, wrong):
         comm.recv(source=0)
 
 
-@case(UnreceivedMessage, "rank 1   recv(source=0, tag='b')", "never got a message", "cancel()")
+@case(UnreceivedMessage, "rank 1   recv(source=0, tag='b')", "never served", "cancel()")
 def a_receive_that_is_left_over(comm, wrong):
     if comm.rank == 1:
         left_over = comm.irecv(source=0, tag="b")  # here
@@ -284,7 +284,7 @@ def a_receive_that_is_left_over(comm, wrong):
             left_over.cancel()
 
 
-@case(UnreceivedMessage, "2 posted operation(s)", "rank 0   send(dest=1, tag=7)")
+@case(UnreceivedMessage, "never received: 2", "rank 0   send(dest=1, tag=7)")
 def messages_one_too_many(comm, wrong):
     if comm.rank == 0:
         for _ in range(3 if wrong else 1):

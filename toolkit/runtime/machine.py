@@ -209,20 +209,15 @@ class Machine:
 
     def check_nothing_left(self):
         """After a clean end: no message may be left without its other side."""
-        for box, one, many, advice in (
-            (
-                self._sends,
-                "was never received",
-                "Post a receive with the same source and tag, or do not send.",
-            ),
-            (self._receives, "receive never got a message", "receives never got a message", "Send one, or cancel() the receive."),
+        for box, what, advice in (
+            (self._sends, "never received", "Post a receive with the same source and tag, or do not send."),
+            (self._receives, "never served", "Send a message with the same tag, or cancel() the receive."),
         ):
             left = [half for halves in box.values() for half in halves]
             if left:
-                lines = [f"  rank {h.rank}   {h}   posted at {site_text(h.site)}" for h in left[:8]]
-                raise UnreceivedMessage(
-                    f"the run ended, and {len(left)} posted {one if len(left) == 1 else many}:\n" + "\n".join(lines) + f"\n{advice}"
-                )
+                rows = [f"  rank {h.rank}   {h}   posted at {site_text(h.site)}" for h in left[:8]]
+                first = f"the run ended with messages that were {what}: {len(left)}."
+                raise UnreceivedMessage("\n".join([first, *rows, advice]))
 
 
 def _join(request, task):
