@@ -91,6 +91,8 @@ def copy_of(array):
 
 def same_bits(a, b):
     """Equality of contents byte for byte (NaN equals itself)."""
+    if a.flags.c_contiguous and b.flags.c_contiguous and a.nbytes % 8 == 0:  # eight bytes at a time
+        return np.array_equal(a.reshape(-1).view("u8"), b.reshape(-1).view("u8"))
     if a.dtype.itemsize in (1, 2, 4, 8):
         kind = f"u{a.dtype.itemsize}"
         return np.array_equal(a.view(kind), b.view(kind))
