@@ -6,12 +6,16 @@ invalid and mismatched arguments, requests and buffers used too early, resources
 """
 
 import inspect
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import pytest
 
+import toolkit
 from toolkit.runtime import Cluster, Cost, errors, hardware, kernel, like, topology, wait_all, wait_any
 from toolkit.runtime.errors import (
     BufferInUse,
@@ -26,7 +30,9 @@ from toolkit.runtime.errors import (
     UnknownRank,
     UnreceivedMessage,
 )
+from toolkit.runtime.requests import site_text
 
+ROOT = Path(toolkit.__file__).parents[1]
 LINK = hardware.Link(bandwidth=1e9, latency=2e-6)
 
 
@@ -737,3 +743,28 @@ def test_all_errors_are_runtime_faults():
     own = [e for e in vars(errors).values() if isinstance(e, type)]
     assert len(own) >= 11
     assert all(issubclass(e, RuntimeFault) for e in own)
+
+
+CELLS = '''
+from IPython.core.interactiveshell import InteractiveShell
+from ipykernel.compiler import XCachingCompiler
+shell = InteractiveShell.instance()
+shell.compile = XCachingCompiler()  # a kernel's: it names cells /tmp/ipykernel_…/2572871998.py
+shell.run_cell("from toolkit.runtime import Cluster, hardware, topology", store_history=True)
+shell.run_cell("def program(comm):\\n    comm.recv(source=1 - comm.rank)", store_history=True)
+shell.run_cell("""try:
+    Cluster(topology.full_mesh(2, hardware.PCIE4)).run(program)
+except Exception as error:
+    print(error)""", store_history=True)
+'''
+
+
+def test_in_a_notebook_the_place_is_the_number_and_line_of_the_cell():
+    told = subprocess.run([sys.executable, "-c", CELLS], capture_output=True, text=True, cwd=ROOT).stdout
+    assert "rank 0   recv(source=1)   since 0 s   cell [2] line 2\n" in told
+    assert "rank 1   recv(source=0)   since 0 s   cell [2] line 2\n" in told
+
+
+def test_a_cell_of_a_kernel_that_is_gone_is_still_called_a_cell():
+    code = compile("x = 1", "/elsewhere/ipykernel_77/2572871998.py", "exec")
+    assert site_text((code, 4)) == "cell, line 1"

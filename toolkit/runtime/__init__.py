@@ -8,7 +8,7 @@ A program runs numerically (numpy arrays, exact results) or shape-only (arrays f
 and memory are the same.
 """
 
-from . import errors, hardware, topology
+from . import errors, faults, hardware, topology
 from .arrays import is_shape_only, like
 from .cluster import Cluster, Run
 from .communicator import ANY, Communicator
@@ -27,6 +27,7 @@ __all__ = [
     "Run",
     "Topology",
     "errors",
+    "faults",
     "hardware",
     "is_shape_only",
     "kernel",

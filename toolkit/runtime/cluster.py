@@ -12,6 +12,8 @@ from .arrays import copy_of
 from .communicator import Communicator
 from .engine import Task
 from .errors import RuntimeFault, ShapeError
+from .faults import checked
+from .faulty import FaultyMachine
 from .hardware import H100, Device
 from .layout import PerRank, Shard, assemble
 from .machine import Machine
@@ -27,14 +29,17 @@ class Cluster:
         run = cluster.run(program, shard(x, axis=1), causal=True)
 
     device   one hardware.Device for all ranks, or one per rank
+    faults   what goes wrong and when: see toolkit.runtime.faults
+    raises   ShapeError  another number of devices than ranks; InvalidFault
     """
 
-    def __init__(self, topology: Topology, device: Device | Sequence[Device] = H100):
+    def __init__(self, topology: Topology, device: Device | Sequence[Device] = H100, faults: Sequence = ()):
         self.topology = topology
         self.size = len(topology.ranks)
         self.devices = [device] * self.size if isinstance(device, Device) else list(device)
         if len(self.devices) != self.size:
             raise ShapeError(f"{len(self.devices)} devices were given for the {self.size} ranks of {topology.name}")
+        self.faults = checked(faults, topology)
 
     @property
     def device(self):
@@ -51,7 +56,8 @@ class Cluster:
         """
         if isinstance(getcurrent(), Task):
             raise RuntimeFault("cluster.run was called inside a rank's program; call it from outside")
-        machine = Machine(self.topology, self.devices)
+        parts = self.topology, self.devices
+        machine = FaultyMachine(*parts, self.faults) if self.faults else Machine(*parts)
         outputs = [None] * self.size
         everyone = tuple(range(self.size))
         call = _caller(len(args), options)

@@ -4,7 +4,7 @@ The engine always resumes the runnable task with the smallest virtual time, ties
 the same program gives the same order of events, always. Nothing runs ahead of the clock.
 """
 
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from greenlet import GreenletExit, getcurrent, greenlet
 
@@ -125,6 +125,15 @@ class Engine:
                     on_deadlock()
         finally:
             self._end_tasks()
+
+    def forget(self, rank):
+        """End every task of `rank`, at once and for good, and drop its timers. Called from a timer."""
+        for task in [task for task in self.tasks if task.rank == rank]:
+            task.throw(GreenletExit)  # its `finally` blocks run
+            task.waiting_for = None  # whoever wakes it later finds nobody
+        self.tasks[:] = [task for task in self.tasks if task.rank != rank]  # one that had not begun is still listed
+        self._heap[:] = [e for e in self._heap if (e[3].rank if type(e[3]) is Task else e[1]) != rank]
+        heapify(self._heap)
 
     def _has_work(self):
         return any(type(e[3]) is Task or not e[3].cancelled for e in self._heap) or self.network.next_time < float(

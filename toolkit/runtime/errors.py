@@ -43,3 +43,15 @@ class RequestTimeout(RuntimeFault, TimeoutError):
 
 class RequestCancelled(RuntimeFault):
     """`wait()` on a request that `cancel()` took back."""
+
+
+class InvalidFault(RuntimeFault, ValueError):
+    """A fault in a cluster's description names what the cluster lacks, or numbers that make no sense."""
+
+
+class PeerCrashed(RuntimeFault):
+    """A rank waits for one that has crashed."""
+
+
+class LinkDown(RuntimeFault):
+    """A message is on a link that is dead and does not come back."""

@@ -44,24 +44,8 @@ def begin(
             entering[count] = s
             count += 1
     links = np.empty(0, np.int64)
-    _share(
-        now,
-        entering[:count],
-        links,
-        capacity,
-        hops,
-        first,
-        cap,
-        state,
-        route,
-        left,
-        rate,
-        last,
-        due,
-        head,
-        after,
-        before,
-    )
+    new = entering[:count]
+    _share(now, new, links, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before)
     return due.min()
 
 
@@ -91,25 +75,18 @@ def advance(now, capacity, hops, first, latency, cap, state, route, left, rate, 
         state[s], due[s] = FREE, INFINITY
         ended[n_ended] = s
         n_ended += 1
-    _share(
-        now,
-        entering[:n_entering],
-        freed[:n_freed],
-        capacity,
-        hops,
-        first,
-        cap,
-        state,
-        route,
-        left,
-        rate,
-        last,
-        due,
-        head,
-        after,
-        before,
-    )
+    new, links = entering[:n_entering], freed[:n_freed]
+    _share(now, new, links, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before)
     return ended[:n_ended], due.min()
+
+
+@njit(cache=True)
+def share_anew(
+    now, links, capacity, hops, first, latency, cap, state, route, left, rate, last, due, head, after, before
+):
+    """New rates after the capacities of `links` have changed."""
+    none = np.empty(0, np.int64)
+    _share(now, none, links, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before)
 
 
 @njit(cache=True)

@@ -14,6 +14,7 @@ class Processor:
         self.memory = Memory(rank, device, machine.engine)
         self.free_at = 0.0  # when the compute engine has done all that was started
         self.streams = {}
+        self.pace = None  # (start, seconds) -> seconds, when faults change how long kernels take
         self.flows = 0  # transfers that enter or leave this device now
         self.queue = []  # tasks that compute at a speed that depends on `flows`: the first runs, the others wait
 
@@ -51,6 +52,8 @@ class Processor:
         """Hold the compute engine for `duration`; kernels of one device take turns."""
         engine = self.machine.engine
         start = max(engine.now, self.free_at)
+        if self.pace is not None:
+            duration = self.pace(start, duration)
         if duration == 0.0 and start == engine.now:
             pass  # an ideal device: nothing to wait for, but a row in the trace
         elif self.device.overlap_slowdown:

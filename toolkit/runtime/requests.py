@@ -32,12 +32,22 @@ def outside_runtime(frame):
 
 
 def site_text(site):
-    """`'my_ring.py:31'` for what `call_site` returned."""
+    """`'my_ring.py:31'` for what `call_site` returned; `'cell [4] line 2'` in a notebook."""
     if site is None:
         return "?"
     code, last = site
     line = next((line for start, end, line in code.co_lines() if start <= last < end and line), code.co_firstlineno)
-    return f"{Path(code.co_filename).name}:{line}"
+    cell = _cell(code.co_filename)
+    return f"{cell} line {line}" if cell else f"{Path(code.co_filename).name}:{line}"
+
+
+def _cell(file):
+    """`'cell [4]'` for the source of a notebook's cell, else None. A kernel writes cells to files of odd names."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    named = shell.compile.format_code_name(file) if shell else None  # ("Cell", "In[4]")
+    if named:
+        return "cell " + named[1].removeprefix("In")
+    return "cell," if Path(file).parent.name.startswith("ipykernel_") else None
 
 
 class Request:
@@ -55,7 +65,7 @@ class Request:
         """Block until done and return the value.
 
         timeout  virtual seconds
-        raises   RequestTimeout, RequestCancelled
+        raises   RequestTimeout, RequestCancelled, PeerCrashed
         """
         if timeout is not None and not timeout >= 0:
             raise ValueError(f"a timeout is a number of seconds, at least 0, not {timeout}")
@@ -64,6 +74,8 @@ class Request:
             if not self.done:
                 raise RequestTimeout(f"{self} at {site_text(self.site)} was not done within {timeout} s")
         if self.cancelled:
+            if self.cancelled is not True:
+                raise self.cancelled  # the other side has crashed
             raise RequestCancelled(f"{self} at {site_text(self.site)} was cancelled; do not wait for it")
         return self.value
 
