@@ -1,0 +1,1 @@
+"""Claims of the systems that move less inside one device."""

@@ -1,0 +1,1 @@
+"""Small models, optimisers and generated data for chapters that train."""
