@@ -23,15 +23,16 @@ def like(template, dtype=None):
     returns  numpy array of that shape, all strides zero, one element of memory
     """
     if isinstance(template, np.ndarray):
-        return _shape_only(template.shape, template.dtype if dtype is None else np.dtype(dtype))
+        return shape_only(template.shape, template.dtype if dtype is None else np.dtype(dtype))
     if isinstance(template, (int, np.integer)):
         template = (template,)
     if all(isinstance(n, (int, np.integer)) for n in template):
-        return _shape_only(tuple(template), np.dtype(np.float64 if dtype is None else dtype))
+        return shape_only(tuple(template), np.dtype(np.float64 if dtype is None else dtype))
     return tuple(like(part, dtype) for part in template)
 
 
-def _shape_only(shape, dtype):
+def shape_only(shape, dtype):
+    """What `like` makes, from a tuple of int and a np.dtype."""
     owner = _owners.get(dtype)
     if owner is None:
         owner = _owners[dtype] = _NoData(1, dtype)
@@ -86,7 +87,7 @@ def map_arrays(function, value, *others):
 
 def copy_of(array):
     """What a receiver gets: its own contiguous memory, or its own shape-only array."""
-    return _shape_only(array.shape, array.dtype) if is_shape_only(array) else np.array(array, order="C")
+    return shape_only(array.shape, array.dtype) if is_shape_only(array) else np.array(array, order="C")
 
 
 def same_bits(a, b):

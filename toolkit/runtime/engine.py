@@ -69,7 +69,8 @@ class Engine:
         """Make a parked task runnable at the current instant; one that is not parked, or was woken already, is left."""
         if task.waiting_for is not None:
             task.waiting_for = None
-            self._resume_at(self.now, task.rank, task)
+            self._sequence += 1
+            heappush(self._heap, (self.now, task.rank, self._sequence, task))
 
     def _resume_at(self, time, rank, target):
         self._sequence += 1
@@ -87,9 +88,9 @@ class Engine:
         self._resume_at(max(time, self.now), task.rank, task)
         self._hub.switch()
 
-    def park(self, waiting_for):
-        """Suspend the running task until somebody wakes it."""
-        task = getcurrent()
+    def park(self, waiting_for, task=None):
+        """Suspend the running task (a caller that has it at hand may give it) until somebody wakes it."""
+        task = task or getcurrent()
         task.waiting_for, task.since = waiting_for, self.now
         self._hub.switch()
 

@@ -7,7 +7,7 @@ the receiver's copy counts as the receiver's memory.
 import numpy as np
 from greenlet import getcurrent
 
-from .arrays import copy_of, first_array, is_shape_only, leaves, like, map_arrays, round_to, same_bits
+from .arrays import copy_of, first_array, is_shape_only, leaves, map_arrays, round_to, same_bits, shape_only
 from .deadlock import deadlock_report
 from .engine import Engine
 from .errors import BufferInUse, DeadlockError, UnreceivedMessage
@@ -30,6 +30,7 @@ class Machine:
         self.contexts = {}  # what a communicator or collective is called -> its number
         self.collectives = {}  # collective in progress -> (signature, first caller, ranks still to come)
         self._sends, self._receives = {}, {}  # (dest, context, tag) -> posted halves, oldest first
+        self._arrivals = [f"receive from rank {rank}" for rank in range(len(devices))]
         self._floors = {}  # (source, dest) -> seconds that a message takes at least
         self._late = []  # messages whose bytes are there and whose floor is not over
         self._protected = {}  # id of an array in flight -> [messages it is in, the array]
@@ -74,27 +75,30 @@ class Machine:
         receive.sender = send.rank
         receive.payload = send.snapshot
         send.snapshot = None
-        sender, receiver = self.processors[send.rank], self.processors[receive.rank]
-        receiver.memory.track(receive.payload, f"receive from rank {send.rank}")
-        sender.flows_changed(+1)
-        receiver.flows_changed(+1)
-        ranks = self.topology.ranks
+        self.processors[receive.rank].memory.track(receive.payload, self._arrivals[send.rank])
+        if self._slowdown:
+            self._flows_changed(send, receive, +1)
+        ranks = self._ranks
         self.network.start(ranks[send.rank], ranks[receive.rank], send.nbytes, (send, receive, self.engine.now))
 
     def _arrived(self, message):
         send, receive, start = message
-        source, dest = send.rank, receive.rank
-        if (due := start + self._floor(source, dest)) > self.engine.now:
+        source, dest, now = send.rank, receive.rank, self.engine.now
+        floor = self._floors.get((source, dest))
+        if (due := start + (self._floor(source, dest) if floor is None else floor)) > now:
             self._late.append(message)
             return self.engine.call_at(due, lambda: self._arrived(self._late.pop(self._late.index(message))))
         if self._slowdown:
             self._flows_changed(send, receive, -1)
-        self.trace.message(source, dest, send.label, send.nbytes, send.posted, receive.posted, start, self.engine.now)
+        self.trace.message(source, dest, send.label, send.nbytes, send.posted, receive.posted, start, now)
         if send.protected:
             self._check_untouched(send, receive.payload)
             self._release(send)
         send.payload = None
-        send.complete()
+        if send.waiters:
+            send.complete()
+        else:
+            send.done = True
         payload, receive.payload = receive.payload, None
         if send.wire is not None:
             round_to(send.wire, payload)
@@ -102,11 +106,9 @@ class Machine:
 
     def _floor(self, source, dest):
         """Seconds that a message takes at least: the largest floor of the links on its route."""
-        found = self._floors.get((source, dest))
-        if found is None:
-            a, b = self._ranks[source], self._ranks[dest]
-            links = (self.topology.link(u, v) for u, v in self.topology.route(a, b))
-            found = self._floors[source, dest] = max((link.floor for link in links), default=0.0)
+        a, b = self._ranks[source], self._ranks[dest]
+        links = (self.topology.link(u, v) for u, v in self.topology.route(a, b))
+        found = self._floors[source, dest] = max((link.floor for link in links), default=0.0)
         return found
 
     def _flows_changed(self, send, receive, by):
@@ -119,7 +121,7 @@ class Machine:
         """Copy what is sent and make the originals read-only until the message has arrived."""
         payload, send.protected = send.payload, None
         if type(payload) is np.ndarray and is_shape_only(payload):
-            send.snapshot = like(payload)
+            send.snapshot = shape_only(payload.shape, payload.dtype)
             return
         send.snapshot = map_arrays(copy_of, payload)
         if (first := first_array(payload)) is None or is_shape_only(first):
@@ -170,7 +172,7 @@ class Machine:
         if timeout is None:
             while not request.done:
                 _join(request, task)
-                engine.park(request)
+                engine.park(request, task)
         else:
             self._block_until(request, task, start + timeout)
         if engine.now > start:

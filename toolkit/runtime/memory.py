@@ -1,13 +1,16 @@
 """Device memory, counted by itself: arrays made by kernels and receives are followed by weak reference."""
 
 import weakref
-from array import array
+from struct import Struct
 
 import numpy as np
 
 from .arrays import leaves, owner
 from .errors import OutOfDeviceMemory
 from .units import size
+
+
+_CHANGE = Struct("2d").pack
 
 
 class _Block(weakref.ref):
@@ -23,28 +26,34 @@ class Memory:
         self.rank, self.device, self.engine = rank, device, engine
         self.live = self.peak = 0
         self._blocks = {}
-        self._history = array("d")  # time, live bytes
+        self._history = bytearray()  # rows of time, live bytes
 
     def track(self, value, name):
         """Count the arrays in `value` from now until they die. Raises OutOfDeviceMemory over the capacity."""
-        for item in (value,) if isinstance(value, np.ndarray) else leaves(value):
-            root = owner(item)
-            key = id(root)
-            if key in self._blocks:
-                continue
-            block = _Block(root, _freed)
-            block.key, block.nbytes, block.name, block.memory = key, item.nbytes, name, self
-            self._blocks[key] = block
-            self.live += item.nbytes
-            self._history.extend((self.engine.now, self.live))
-            if self.live > self.peak:
-                self.peak = self.live
-                if self.live > self.device.memory_capacity:
-                    raise self._overflow(item, name)
+        if type(value) is np.ndarray:
+            self._track(value, name)
+        else:
+            for item in leaves(value):
+                self._track(item, name)
+
+    def _track(self, item, name):
+        root = owner(item)
+        key, blocks = id(root), self._blocks
+        if key in blocks:
+            return
+        block = blocks[key] = _Block(root, _freed)
+        block.key, block.name, block.memory = key, name, self
+        block.nbytes = nbytes = item.nbytes
+        self.live = live = self.live + nbytes
+        self._history += _CHANGE(self.engine.now, live)
+        if live > self.peak:
+            self.peak = live
+            if live > self.device.memory_capacity:
+                raise self._overflow(item, name)
 
     def history(self):
         """(times, live bytes): a step function, one entry a change."""
-        table = np.array(self._history).reshape(-1, 2)
+        table = np.frombuffer(bytes(self._history)).reshape(-1, 2)
         return table[:, 0], table[:, 1]
 
     def _overflow(self, item, name):
@@ -62,4 +71,4 @@ def _freed(block):
     memory = block.memory
     del memory._blocks[block.key]
     memory.live -= block.nbytes
-    memory._history.extend((memory.engine.now, memory.live))
+    memory._history += _CHANGE(memory.engine.now, memory.live)

@@ -1,11 +1,13 @@
 """What happened: every kernel, message and wait of a run, kept as columns of numbers and read as `Event`s."""
 
-from array import array
 from collections.abc import Sequence
 from functools import cached_property
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
+
+_KERNEL, _MESSAGE, _WAIT = (Struct(f"{columns}d").pack for columns in (7, 8, 4))  # one row of float64
 
 
 class Event(NamedTuple):
@@ -28,9 +30,7 @@ class Trace(Sequence):
 
     def __init__(self):
         self._names, self._ids = [], {}
-        self._kernels = array("d")  # rank, stream, name, start, end, bytes, flops
-        self._messages = array("d")  # source, destination, name, bytes, send posted, receive posted, start, end
-        self._waits = array("d")  # rank, name, start, end
+        self._kernels, self._messages, self._waits = bytearray(), bytearray(), bytearray()
 
     def _id(self, name):
         found = self._ids.get(name)
@@ -40,28 +40,28 @@ class Trace(Sequence):
         return found
 
     def kernel(self, rank, stream, name, start, end, nbytes, flops):
-        self._kernels.extend((rank, self._id(stream), self._id(name), start, end, nbytes, flops))
+        self._kernels += _KERNEL(rank, self._id(stream), self._id(name), start, end, nbytes, flops)
 
     def message(self, source, dest, tag, nbytes, send_posted, recv_posted, start, end):
-        self._messages.extend((source, dest, self._id(tag), nbytes, send_posted, recv_posted, start, end))
+        self._messages += _MESSAGE(source, dest, self._id(tag), nbytes, send_posted, recv_posted, start, end)
 
     def wait(self, rank, name, start, end):
-        self._waits.extend((rank, self._id(name), start, end))
+        self._waits += _WAIT(rank, self._id(name), start, end)
 
     @property
     def messages(self):
         """Messages as columns: source, destination, name id, bytes, send posted, receive posted, start, end."""
-        return np.frombuffer(self._messages, np.float64).reshape(-1, 8) if self._messages else np.zeros((0, 8))
+        return np.frombuffer(self._messages, np.float64).reshape(-1, 8)
 
     @property
     def kernels(self):
         """Kernel calls as columns: rank, stream id, name id, start, end, bytes, flops."""
-        return np.frombuffer(self._kernels, np.float64).reshape(-1, 7) if self._kernels else np.zeros((0, 7))
+        return np.frombuffer(self._kernels, np.float64).reshape(-1, 7)
 
     @property
     def waits(self):
         """Blocked intervals as columns: rank, name id, start, end."""
-        return np.frombuffer(self._waits, np.float64).reshape(-1, 4) if self._waits else np.zeros((0, 4))
+        return np.frombuffer(self._waits, np.float64).reshape(-1, 4)
 
     @cached_property
     def events(self):
