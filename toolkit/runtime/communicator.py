@@ -148,19 +148,19 @@ class Communicator(collectives.Collectives):
     # ---- inside ---------------------------------------------------------------------------------------------------
 
     def _isend(self, x, dest, tag, wire, nbytes, site):
-        label = self._label or (tag if type(tag) is str else "message")
+        machine, label = self._machine, self._label or (tag if type(tag) is str else "message")
         key = (self._world(dest, "dest"), self._context, tag)
-        send = Send(self._machine, label, site, self._processor.rank, key, self._label)
+        send = Send(machine, label, site, self._processor.rank, key, self._label)
         send.peer, send.payload = dest, tuple(x) if type(x) is list else x
         send.wire = None if type(x) is tuple and not x else wire
         if nbytes is not None and nbytes < 0:
             raise ShapeError(f"a message cannot have {nbytes} bytes on the wire")
-        self._machine.protect(send)
+        machine.protect(send)
         send.nbytes = _wire_bytes(send.payload, send.wire) if nbytes is None else nbytes
         if getcurrent().stream is None:
-            self._machine.post_send(send)
+            machine.post_send(send)
         else:
-            self._enqueue(send, self._machine.post_send)
+            self._enqueue(send, machine.post_send)
         return send
 
     def _irecv(self, source, tag, site):

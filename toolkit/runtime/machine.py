@@ -43,7 +43,7 @@ class Machine:
         if waiting is not None:
             for index, receive in enumerate(waiting):
                 if receive.sender is None or receive.sender == send.rank:
-                    self._take(self._receives, send.key, index)
+                    _take(self._receives, send.key, waiting, index)
                     return self._start(send, receive)
         self._sends.setdefault(send.key, []).append(send)
 
@@ -52,23 +52,18 @@ class Machine:
         if waiting:
             for index, send in enumerate(waiting):
                 if receive.sender is None or receive.sender == send.rank:
-                    self._take(self._sends, receive.key, index)
+                    _take(self._sends, receive.key, waiting, index)
                     return self._start(send, receive)
         self._receives.setdefault(receive.key, []).append(receive)
 
     def withdraw(self, half):
         """Take back a posted half that has not met its other side."""
         for box in (self._sends, self._receives):
-            if half in box.get(half.key, ()):
-                self._take(box, half.key, box[half.key].index(half))
+            posted = box.get(half.key, ())
+            if half in posted:
+                _take(box, half.key, posted, posted.index(half))
         if isinstance(half, Send):
             self._release(half)
-
-    @staticmethod
-    def _take(box, key, index):
-        del box[key][index]
-        if not box[key]:
-            del box[key]
 
     def _start(self, send, receive):
         send.matched = receive.matched = True
@@ -220,6 +215,14 @@ class Machine:
                 rows = [f"  rank {h.rank}   {h}   posted at {site_text(h.site)}" for h in left[:8]]
                 first = f"the run ended with messages that were {what}: {len(left)}."
                 raise UnreceivedMessage("\n".join([first, *rows, advice]))
+
+
+def _take(box, key, posted, index):
+    """Remove one of the halves posted under `key`; no empty list stays in the box."""
+    if len(posted) == 1:
+        del box[key]
+    else:
+        del posted[index]
 
 
 def _join(request, task):

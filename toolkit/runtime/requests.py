@@ -21,7 +21,8 @@ _own = _Own()
 
 def call_site():
     """Where the program called the runtime; `site_text` reads it."""
-    return outside_runtime(sys._getframe(2))
+    frame = sys._getframe(2)
+    return outside_runtime(frame) if _own[frame.f_code.co_filename] else (frame.f_code, frame.f_lasti)
 
 
 def outside_runtime(frame):
@@ -152,8 +153,10 @@ class Both(Request):
 
     def __init__(self, send, receive):
         self.send, self.receive = send, receive
-        self.machine, self.site, self.label = send.machine, send.site, send.label
-        self.cancelled = False
+
+    @property
+    def machine(self):
+        return self.send.machine
 
     @property
     def done(self):

@@ -25,28 +25,29 @@ class Event(NamedTuple):
     posted: float  # when this side posted the message; start for everything else
 
 
+class _Ids(dict):
+    """Name -> number, in order of first use."""
+
+    def __missing__(self, name):
+        self[name] = number = len(self)
+        return number
+
+
 class Trace(Sequence):
     """All events of a run, sorted by start, then rank, then stream. A sequence of `Event`."""
 
     def __init__(self):
-        self._names, self._ids = [], {}
+        self._ids = _Ids()
         self._kernels, self._messages, self._waits = bytearray(), bytearray(), bytearray()
 
-    def _id(self, name):
-        found = self._ids.get(name)
-        if found is None:
-            found = self._ids[name] = len(self._names)
-            self._names.append(name)
-        return found
-
     def kernel(self, rank, stream, name, start, end, nbytes, flops):
-        self._kernels += _KERNEL(rank, self._id(stream), self._id(name), start, end, nbytes, flops)
+        self._kernels += _KERNEL(rank, self._ids[stream], self._ids[name], start, end, nbytes, flops)
 
     def message(self, source, dest, tag, nbytes, send_posted, recv_posted, start, end):
-        self._messages += _MESSAGE(source, dest, self._id(tag), nbytes, send_posted, recv_posted, start, end)
+        self._messages += _MESSAGE(source, dest, self._ids[tag], nbytes, send_posted, recv_posted, start, end)
 
     def wait(self, rank, name, start, end):
-        self._waits += _WAIT(rank, self._id(name), start, end)
+        self._waits += _WAIT(rank, self._ids[name], start, end)
 
     @property
     def messages(self):
@@ -65,7 +66,7 @@ class Trace(Sequence):
 
     @cached_property
     def events(self):
-        name, found = self._names, []
+        name, found = list(self._ids), []
         for rank, stream, what, start, end, nbytes, flops in self.kernels.tolist():
             found.append(
                 Event(
