@@ -170,8 +170,9 @@ class Traffic:
         self.by_link = {}
         ranks = cluster.topology.ranks
         for a, b in sorted(set(zip(source.tolist(), dest.tolist(), strict=True))):
-            for edge in cluster.topology.route(ranks[a], ranks[b]):
-                self.by_link[edge] = self.by_link.get(edge, 0) + int(self.by_pair[a, b])
+            for edge, share in cluster.topology.carried(ranks[a], ranks[b]).items():
+                self.by_link[edge] = self.by_link.get(edge, 0) + int(self.by_pair[a, b]) * share
+        self.by_link = {edge: int(n) if n == int(n) else float(n) for edge, n in self.by_link.items()}
 
     def __repr__(self):
         return f"Traffic(total={self.total})"

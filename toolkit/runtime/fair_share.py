@@ -1,7 +1,8 @@
 """The arithmetic of the fluid network: max-min fair rates by progressive filling, in numba.
 
 Plain functions over columns: flows (state, route, bytes left, rate, time of the last change, next time due), routes
-(links, latency, cap) and, for each link, a doubly linked list of the flows that use it.
+(links, the share of the flow that each carries, latency, cap) and, for each link, a doubly linked list of the flows that
+use it. A share below 1 is a flow that is sprayed over several paths.
 """
 
 import numpy as np
@@ -21,6 +22,7 @@ def begin(
     nbytes,
     capacity,
     hops,
+    share,
     first,
     latency,
     cap,
@@ -45,12 +47,12 @@ def begin(
             count += 1
     links = np.empty(0, np.int64)
     new = entering[:count]
-    _share(now, new, links, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before)
+    _share(now, new, links, capacity, hops, share, first, cap, state, route, left, rate, last, due, head, after, before)
     return due.min()
 
 
 @njit(cache=True)
-def advance(now, capacity, hops, first, latency, cap, state, route, left, rate, last, due, head, after, before):
+def advance(now, capacity, hops, share, first, latency, cap, state, route, left, rate, last, due, head, after, before):
     ended, entering = np.empty(len(state), np.int64), np.empty(len(state), np.int64)
     freed, n_ended, n_entering, n_freed = np.empty(before.size, np.int64), 0, 0, 0
     for s in range(len(state)):
@@ -76,21 +78,23 @@ def advance(now, capacity, hops, first, latency, cap, state, route, left, rate, 
         ended[n_ended] = s
         n_ended += 1
     new, links = entering[:n_entering], freed[:n_freed]
-    _share(now, new, links, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before)
+    _share(now, new, links, capacity, hops, share, first, cap, state, route, left, rate, last, due, head, after, before)
     return ended[:n_ended], due.min()
 
 
 @njit(cache=True)
 def share_anew(
-    now, links, capacity, hops, first, latency, cap, state, route, left, rate, last, due, head, after, before
+    now, links, capacity, hops, share, first, latency, cap, state, route, left, rate, last, due, head, after, before
 ):
     """New rates after the capacities of `links` have changed."""
-    none = np.empty(0, np.int64)
-    _share(now, none, links, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before)
+    new = np.empty(0, np.int64)
+    _share(now, new, links, capacity, hops, share, first, cap, state, route, left, rate, last, due, head, after, before)
 
 
 @njit(cache=True)
-def _share(now, entering, freed, capacity, hops, first, cap, state, route, left, rate, last, due, head, after, before):
+def _share(
+    now, entering, freed, capacity, hops, share, first, cap, state, route, left, rate, last, due, head, after, before
+):
     """Let flows in, then recompute the rates of every flow connected to a changed link."""
     seen_link, seen_flow = np.zeros(len(capacity), np.bool_), np.zeros(len(state), np.bool_)
     links, flows = np.empty(len(capacity), np.int64), np.empty(len(state), np.int64)
@@ -135,7 +139,7 @@ def _share(now, entering, freed, capacity, hops, first, cap, state, route, left,
                     n_links += 1
             entry = after[s, entry % HOP]
         i += 1
-    fair = _fill(links[:n_links], flows[:n_flows], capacity, hops, first, cap, route)
+    fair = _fill(links[:n_links], flows[:n_flows], capacity, hops, share, first, cap, route)
     for i in range(n_flows):
         s = flows[i]
         if fair[i] == rate[s]:
@@ -147,22 +151,23 @@ def _share(now, entering, freed, capacity, hops, first, cap, state, route, left,
 
 
 @njit(cache=True)
-def _fill(links, flows, capacity, hops, first, cap, route):
+def _fill(links, flows, capacity, hops, share, first, cap, route):
     """Progressive filling: raise all rates together; whoever meets a full link or its own cap stays there."""
-    room, users = np.zeros(len(capacity)), np.zeros(len(capacity), np.int64)
+    room, weight, users = np.zeros(len(capacity)), np.zeros(len(capacity)), np.zeros(len(capacity), np.int64)
     fair, fixed = np.zeros(len(flows)), np.zeros(len(flows), np.bool_)
     for link in links:
         room[link] = capacity[link]
     for s in flows:
         for k in range(first[route[s]], first[route[s] + 1]):
             users[hops[k]] += 1
+            weight[hops[k]] += share[k]
     stops, open_flows = np.empty(len(flows), np.int64), len(flows)
     while open_flows > 0:
         n_stops = 0
         level = INFINITY
         for link in links:
             if users[link] > 0:
-                level = min(level, room[link] / users[link])
+                level = min(level, room[link] / weight[link])
         for i in range(len(flows)):
             if not fixed[i]:
                 level = min(level, cap[route[flows[i]]])
@@ -173,7 +178,7 @@ def _fill(links, flows, capacity, hops, first, cap, route):
             r = route[flows[i]]
             full = cap[r] <= limit or level == INFINITY
             for k in range(first[r], first[r + 1]):
-                full = full or room[hops[k]] <= limit * users[hops[k]]
+                full = full or room[hops[k]] <= limit * weight[hops[k]]
             if full:
                 fair[i] = level
                 stops[n_stops] = i
@@ -183,6 +188,7 @@ def _fill(links, flows, capacity, hops, first, cap, route):
             open_flows -= 1
             for k in range(first[route[flows[i]]], first[route[flows[i]] + 1]):
                 users[hops[k]] -= 1
+                weight[hops[k]] -= share[k]
                 if room[hops[k]] < INFINITY:
-                    room[hops[k]] = max(0.0, room[hops[k]] - fair[i])
+                    room[hops[k]] = max(0.0, room[hops[k]] - share[k] * fair[i])
     return fair

@@ -12,7 +12,7 @@ from .errors import LinkDown, PeerCrashed
 from .fair_share import LATENT, share_anew
 from .faults import Crash, DeadLink, Jitter, SlowLink, pace
 from .machine import Machine
-from .network import INFINITY, FluidNetwork
+from .network import INFINITY, FluidNetwork, whole
 from .requests import Send, site_text
 from .units import seconds
 
@@ -83,7 +83,7 @@ class FaultyNetwork(FluidNetwork):
         for slot in slots:
             if state[slot] == LATENT:
                 factor = 1.0
-                for draw in self._draws[self._payload[slot][0].rank]:
+                for draw in self._draws[whole(self._payload[slot])[0].rank]:
                     factor *= draw()
                 due[slot] = self._now + factor * (due[slot] - self._now)
 

@@ -9,7 +9,6 @@ from .arrays import leaves, owner
 from .errors import OutOfDeviceMemory
 from .units import size
 
-
 _CHANGE = Struct("2d").pack
 
 

@@ -12,6 +12,15 @@ from . import fair_share
 from .fair_share import INFINITY
 
 
+class _Pieces:
+    """A message that travels as several flows: it has arrived when the last of them has."""
+
+    __slots__ = ("left", "payload")
+
+    def __init__(self, payload, left):
+        self.payload, self.left = payload, left
+
+
 class FluidNetwork:
     """Flows in flight on a topology. Drives nothing by itself: the engine asks `next_time` and calls `advance`.
 
@@ -22,26 +31,27 @@ class FluidNetwork:
         self.topology, self.on_finish = topology, on_finish
         self.next_time = INFINITY
         self._links, self._capacity = {}, []  # medium -> number; bytes/s
-        self._route_of, self._routes = {}, []  # (a, b) -> number; (link numbers, latency, flow cap)
+        self._routes_of, self._routes = {}, []  # (a, b) -> numbers; ({link number: share}, latency, flow cap)
         self._payload, self._free = [], []
         self._starting = []  # (slot, route, bytes) of this instant
         self._tables_stale = True
         self._grow(64)
 
     def start(self, a, b, nbytes, payload):
-        """Begin a flow of `nbytes` from device a to device b at the current instant (rates follow in `settle`)."""
-        route = self._route_of.get((a, b))
-        if route is None:
-            route = self._add_route(a, b)
-        if not self._free:
-            self._grow(2 * len(self._payload))
-        slot = self._free.pop()
-        self._payload[slot] = payload
-        self._starting += (slot, route, nbytes)
+        """Begin to move `nbytes` from device a to device b at the current instant (rates follow in `settle`)."""
+        routes = self._routes_of.get((a, b)) or self._add_routes(a, b)
+        if len(routes) > 1:
+            payload, nbytes = _Pieces(payload, len(routes)), nbytes / len(routes)
+        for route in routes:
+            if not self._free:
+                self._grow(2 * len(self._payload))
+            slot = self._free.pop()
+            self._payload[slot] = payload
+            self._starting += (slot, route, nbytes)
 
     def in_flight(self):
-        """Payloads of the flows that have started and not ended."""
-        return [payload for payload in self._payload if payload is not None]
+        """Payloads that have started and not arrived, in the order of their slots."""
+        return list(dict.fromkeys(whole(payload) for payload in self._payload if payload is not None))
 
     def settle(self, now):
         """Give rates to everything that started at this instant."""
@@ -63,31 +73,43 @@ class FluidNetwork:
             self._payload[slot] = None
         self._free += slots[::-1]
         for payload in payloads:
+            if type(payload) is _Pieces:
+                payload.left -= 1
+                if payload.left:
+                    continue
+                payload = payload.payload
             self.on_finish(payload)
 
-    def _add_route(self, a, b):
-        edges = self.topology.route(a, b)
-        links, latency, cap = [], 0.0, INFINITY
-        for u, v in edges:
-            link, medium = self.topology.link(u, v), self.topology.medium(u, v)
-            if medium not in self._links:
-                self._links[medium] = len(self._capacity)
-                self._capacity.append(link.bandwidth)
-            number = self._links[medium]
-            if number not in links:  # there and back over one shared medium is one use
-                links.append(number)
-            latency, cap = latency + link.latency, min(cap, link.flow_cap)
-        self._route_of[a, b] = len(self._routes)
-        self._routes.append((links, latency, cap))
+    def _add_routes(self, a, b):
+        first = len(self._routes)
+        self._routes += [self._route(paths) for paths in self.topology.flows(a, b)]
         self._tables_stale = True
-        return self._route_of[a, b]
+        found = self._routes_of[a, b] = range(first, len(self._routes))
+        return found
+
+    def _route(self, paths):
+        """One flow, spread evenly over `paths`. It has arrived when the longest way has been gone."""
+        times, latency, cap = {}, 0.0, INFINITY  # link number -> how many of the paths use it
+        for edges in paths:
+            links = [self.topology.link(u, v) for u, v in edges]
+            media = {self.topology.medium(u, v): link for (u, v), link in zip(edges, links, strict=True)}
+            for medium, link in media.items():  # there and back over one shared medium is one use
+                if medium not in self._links:
+                    self._links[medium] = len(self._capacity)
+                    self._capacity.append(link.bandwidth)
+                number = self._links[medium]
+                times[number] = times.get(number, 0) + 1
+            latency = max(latency, sum(link.latency for link in links))
+            cap = min(cap, *(link.flow_cap * len(paths) for link in links), INFINITY)
+        return {number: count / len(paths) for number, count in times.items()}, latency, cap
 
     def _rebuild_tables(self):
-        hops = np.array([n for links, _, _ in self._routes for n in links], np.int64)
-        first = np.cumsum([0] + [len(links) for links, _, _ in self._routes])
+        hops = np.array([n for shares, _, _ in self._routes for n in shares], np.int64)
+        share = np.array([s for shares, _, _ in self._routes for s in shares.values()], np.float64)
+        first = np.cumsum([0] + [len(shares) for shares, _, _ in self._routes])
         latency = np.array([latency for _, latency, _ in self._routes])
         cap = np.array([cap for _, _, cap in self._routes])
-        self._tables = (np.array(self._capacity), hops, first, latency, cap)
+        self._tables = (np.array(self._capacity), hops, share, first, latency, cap)
         self._widen(max(1, int(np.diff(first).max())), len(self._capacity))
         self._tables_stale = False
 
@@ -120,6 +142,11 @@ class FluidNetwork:
             after[: old[1].shape[0], : old[1].shape[1]] = old[1]
             before[: old[2].shape[0], : old[2].shape[1]] = old[2]
         return head, after, before
+
+
+def whole(payload):
+    """The message that a flow belongs to."""
+    return payload.payload if type(payload) is _Pieces else payload
 
 
 def simulate(topology, flows):
