@@ -1,8 +1,9 @@
 """The fluid network against SimGrid 3.32, which shares no code with ours (Casanova et al. 2014).
 
-Both simulate the same random machines and flows; finish times agree to 1e-6. SimGrid's CM02 gives a flow bandwidth in
-inverse proportion to its latency, ours gives equal shares; so every flow gets an access link that brings its latency to
-the same sum, and the two models are one. Skips where no Python on this machine has SimGrid's bindings.
+Both simulate the same machines and flows, random graphs and the book's fabrics; finish times agree to 1e-6. SimGrid's
+CM02 gives a flow bandwidth in inverse proportion to its latency, ours gives equal shares; so every flow gets an access
+link that brings its latency to the same sum, and the two models are one. Skips where no Python on this machine has
+SimGrid's bindings.
 """
 
 import json
@@ -18,13 +19,23 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from toolkit.runtime import Topology
+from toolkit.runtime import Topology, topology
 from toolkit.runtime.hardware import Link
 from toolkit.runtime.network import simulate
+from toolkit.runtime.topology.graph import join
 
 SCRIPT = Path(__file__).with_name("simgrid_flows.py")
 LATENCY = 1e-3  # of every route, access link included
-SEEDS = range(60)
+RANDOM = 60  # seeds below build random graphs, seeds from here on the book's fabrics with random links
+SEEDS = range(RANDOM + 40)
+BUILD = {
+    "torus": lambda link: topology.torus((3, 3), link),
+    "leaf-spine": lambda link: topology.leaf_spine(3, 3, 2, link),
+    "fat tree": lambda link: topology.fat_tree(4, link),
+    "dragonfly": lambda link: topology.dragonfly(4, 3, 1, link, cables=2),
+    "rails": lambda link: topology.rail_optimised(3, 3, link, link),
+}
+FABRICS = list(BUILD)
 
 
 def python_with_simgrid():
@@ -35,25 +46,42 @@ def python_with_simgrid():
 
 
 def problem(seed):
-    """A random machine and up to 30 flows on it. Every flow enters through an access link of its own."""
+    """A machine with random links and up to 30 flows on it. Every flow enters through an access link of its own."""
     rng = np.random.default_rng(seed)
+    name = FABRICS[seed % len(FABRICS)] if seed >= RANDOM else "random"
+    machine = random_graph(rng) if name == "random" else random_links(BUILD[name](Link(1e9)), rng)
+    graph, ranks, flows, ways = machine.graph, machine.ranks, [], {}
+    for i in range(int(rng.integers(1, 31))):
+        a, b = map(int, rng.choice(len(ranks), 2, replace=False))
+        ways[f"access {i}"] = machine.default(a, b)
+        within = sum(graph.edges[edge]["link"].latency for edge in pairwise(ways[f"access {i}"]))
+        graph.add_edge(f"access {i}", a, link=Link(1e13, LATENCY - within))
+        flows.append((f"access {i}", b, int(rng.integers(1, 20e6)), float(rng.choice([0.0, rng.uniform(0, 0.05)]))))
+    return Topology(name, graph, tuple(graph), lambda access, _: [access, *ways[access]]), flows
+
+
+def random_graph(rng):
+    """A tree of 2 to 8 devices and a few links more."""
     n = int(rng.integers(2, 9))
     graph = nx.DiGraph()
+    graph.add_nodes_from(range(n))
     tree = [(int(rng.integers(b)), b) for b in range(1, n)]
     more = [tuple(sorted(map(int, rng.choice(n, 2, replace=False)))) for _ in range(n // 2)]
     for u, v in {*tree, *more}:
-        cap = float(rng.choice([inf, 0.3e9]))
-        link = Link(float(rng.uniform(0.1e9, 2e9)), float(rng.uniform(0, 1e-4)), bool(rng.integers(2)), cap)
-        shared = {} if link.duplex else {"medium": frozenset((u, v))}
-        graph.add_edge(u, v, link=link, **shared)
-        graph.add_edge(v, u, link=link, **shared)
-    flows = []
-    for i in range(int(rng.integers(1, 31))):
-        a, b = map(int, rng.choice(n, 2, replace=False))
-        within = sum(graph.edges[edge]["link"].latency for edge in pairwise(nx.shortest_path(graph, a, b)))
-        graph.add_edge(f"access {i}", a, link=Link(1e13, LATENCY - within))
-        flows.append((f"access {i}", b, int(rng.integers(1, 20e6)), float(rng.choice([0.0, rng.uniform(0, 0.05)]))))
-    return Topology("random", graph, tuple(graph)), flows
+        join(graph, u, v, random_link(rng))
+    return Topology("random", graph, tuple(range(n)))
+
+
+def random_link(rng):
+    cap = float(rng.choice([inf, 0.3e9]))
+    return Link(float(rng.uniform(0.1e9, 2e9)), float(rng.uniform(0, 1e-4)), bool(rng.integers(2)), cap)
+
+
+def random_links(machine, rng):
+    """The machine with another link in place of each; some share a medium now."""
+    for u, v in dict.fromkeys(tuple(sorted(edge, key=str)) for edge in machine.graph.edges):
+        join(machine.graph, u, v, random_link(rng))
+    return machine
 
 
 def told(machine, flow, number):
@@ -63,7 +91,9 @@ def told(machine, flow, number):
     """
     edges = machine.route(*flow[:2])
     links = [machine.link(*edge) for edge in edges]
-    names = [f"{number}: {edge if link.duplex else sorted(edge)}" for edge, link in zip(edges, links, strict=True)]
+    names = [
+        f"{number}: {edge if link.duplex else sorted(edge, key=str)}" for edge, link in zip(edges, links, strict=True)
+    ]
     table = {name: [link.bandwidth, link.latency] for name, link in zip(names, links, strict=True)}
     cap = min(link.flow_cap for link in links)
     if cap < inf:
