@@ -5,6 +5,7 @@ dtype; what comes out has the dtype of what goes in. Chapter: all that train.
 """
 
 import autograd.numpy as np
+from autograd.extend import defvjp, primitive
 
 from toolkit.runtime.errors import ShapeError
 
@@ -77,16 +78,25 @@ def rotary(x, positions=None, base=10_000.0):
         raise ShapeError(f"rotary: head_dim {head_dim} is odd, so it does not divide into planes")
     half = head_dim // 2
     positions = np.arange(tokens) if positions is None else positions
-    angle = (positions[:, None] * base ** (-np.arange(half) / half)).astype(x.dtype)
-    cos, sin, a, b = np.cos(angle), np.sin(angle), x[..., :half], x[..., half:]
-    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    angle = np.tile(positions[:, None] * base ** (-np.arange(half) / half), 2).astype(x.dtype)
+    quarter_turn = np.kron([[0, 1], [-1, 0]], np.eye(half)).astype(x.dtype)  # (a, b) -> (-b, a)
+    return x * np.cos(angle) + x @ quarter_turn * np.sin(angle)
 
 
 def short_convolution(x, kernel):
     """Causal convolution of each channel, y_t = Σ_i kernel_i x_{t-i}. kernel (width, channels)."""
-    tokens, width = x.shape[1], kernel.shape[0]
-    padded = np.concatenate([np.zeros_like(x[:, :1])] * (width - 1) + [x], axis=1)
-    return sum(kernel[i] * padded[:, width - 1 - i : width - 1 - i + tokens] for i in range(width))
+    return sum(kernel[i] * delayed(x, i) for i in range(kernel.shape[0]))
+
+
+@primitive
+def delayed(x, by):
+    """What each token was `by` tokens ago, 0 before the first; ahead where `by` < 0. x (batch, tokens, channels)."""
+    out, by = np.zeros_like(x), max(-x.shape[1], min(x.shape[1], by))
+    out[:, max(0, by) : x.shape[1] + min(0, by)] = x[:, max(0, -by) : x.shape[1] - max(0, by)]
+    return out
+
+
+defvjp(delayed, lambda out, x, by: lambda g: delayed(g, -by), None)
 
 
 def cross_entropy(logits, targets, mask):

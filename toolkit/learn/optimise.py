@@ -6,7 +6,6 @@ Chapter: all that train.
 
 import numpy as np
 from autograd import value_and_grad
-from autograd.misc import flatten
 
 
 def adam(loss, params, batch, *, steps, rate=3e-3, schedule="cosine", seed=0, clip=1.0, decay=0.0, betas=(0.9, 0.98)):
@@ -25,22 +24,48 @@ def adam(loss, params, batch, *, steps, rate=3e-3, schedule="cosine", seed=0, cl
     """
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"adam: schedule is {schedule!r}; give 'cosine' or 'constant'")
-    random = np.random.default_rng(seed)
-    x, unflatten = flatten(params)
-    dtype = x.dtype
-    gradient = value_and_grad(lambda x, *inputs: loss(unflatten(x), *inputs))
+    random, gradient = np.random.default_rng(seed), value_and_grad(loss)
+    x = flat(params)
     mean, square, losses = np.zeros_like(x), np.zeros_like(x), np.empty(steps)
     for step in range(steps):
-        losses[step], g = gradient(x, *batch(random))
+        losses[step], g = gradient(shaped(x, params), *batch(random))
         if not np.isfinite(losses[step]):
             raise FloatingPointError(f"adam: the loss is {losses[step]} at step {step}; try a rate below {rate:g}")
-        g = g * min(1.0, clip / (np.linalg.norm(g) + 1e-12))
+        g = flat(g)
+        g *= min(1.0, clip / (np.linalg.norm(g) + 1e-12))
         mean += (1 - betas[0]) * (g - mean)
         square += (1 - betas[1]) * (g * g - square)
         unbiased = mean / (1 - betas[0] ** (step + 1)), square / (1 - betas[1] ** (step + 1))
         now = rate * rate_at(step, steps, schedule)
-        x = (x - now * (unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8) + decay * x)).astype(dtype, copy=False)
-    return unflatten(x), losses
+        x = x - (now * (unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8) + decay * x)).astype(x.dtype, copy=False)
+    return shaped(x, params), losses
+
+
+def flat(params):
+    """All numbers of nested arrays in one new vector, of their common dtype."""
+    return np.concatenate([array.ravel() for array in _arrays(params)])
+
+
+def shaped(vector, params):
+    """The numbers of `vector` in the nesting and shapes of `params`; arrays are views of `vector`."""
+    sizes = [array.size for array in _arrays(params)]
+    return _rebuilt(params, iter(np.split(vector, np.cumsum(sizes)[:-1])))
+
+
+def _arrays(params):
+    if isinstance(params, np.ndarray):
+        yield params
+    else:
+        for part in params.values() if isinstance(params, dict) else params:
+            yield from _arrays(part)
+
+
+def _rebuilt(params, parts):
+    if isinstance(params, np.ndarray):
+        return next(parts).reshape(params.shape)
+    if isinstance(params, dict):
+        return {name: _rebuilt(part, parts) for name, part in params.items()}
+    return type(params)(_rebuilt(part, parts) for part in params)
 
 
 def rate_at(step, steps, schedule="cosine"):
