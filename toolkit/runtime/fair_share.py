@@ -1,8 +1,8 @@
 """The arithmetic of the fluid network: max-min fair rates by progressive filling, in numba.
 
 Plain functions over columns: flows (state, route, bytes left, rate, time of the last change, next time due), routes
-(links, the share of the flow that each carries, latency, cap) and, for each link, a doubly linked list of the flows that
-use it. A share below 1 is a flow that is sprayed over several paths.
+(links, the share of the flow that each carries, latency, cap) and, for each link, a doubly linked list of its flows.
+A share below 1 is a flow that is sprayed over several paths.
 """
 
 import numpy as np
