@@ -43,7 +43,7 @@ class FaultyNetwork(FluidNetwork):
         while self._changes and self._changes[-1] <= now:
             self._changes.pop()
             changed = True
-        if changed and not self._tables_stale:
+        if changed:
             self._change_bandwidths()
         super().settle(now)
         if self._draws:
@@ -64,19 +64,18 @@ class FaultyNetwork(FluidNetwork):
         return nominal / prod(f.factor for f in active)
 
     def _change_bandwidths(self):
-        links = np.array([self._links[m] for m in self._faults if m in self._links], np.int64)
-        self._set_bandwidths()
-        share_anew(self._now, links, *self._tables, *self._flows, *self._members)
+        share_anew(self._now, np.array(self._set_bandwidths(), np.int64), *self._columns)
 
-    def _rebuild_tables(self):
-        super()._rebuild_tables()
+    def _extend_tables(self):
+        super()._extend_tables()
         self._set_bandwidths()
 
     def _set_bandwidths(self):
-        for medium in self._faults:
-            if medium in self._links:
-                number = self._links[medium]
-                self._tables[0][number] = self._bandwidth(medium, self._capacity[number])
+        """Bandwidths as they are now. Returns the numbers of the faulty links that a message has used so far."""
+        known = {m: self._links[m] for m in self._faults if self._links.get(m, INFINITY) < len(self._capacity.rows)}
+        for medium, number in known.items():
+            self._capacity.rows[number] = self._bandwidth(medium, self._bandwidths[number])
+        return list(known.values())
 
     def _draw_latencies(self, slots):
         state, due = self._flows[0], self._flows[5]

@@ -12,6 +12,21 @@ from . import fair_share
 from .fair_share import INFINITY
 
 
+class _Column:
+    """A numpy array that grows at its end; `rows` is what it holds."""
+
+    def __init__(self, kind, values=()):
+        self._room, self.rows = np.empty(64, kind), np.empty(0, kind)
+        self.extend(values)
+
+    def extend(self, values):
+        old, n = len(self.rows), len(self.rows) + len(values)
+        if n > len(self._room):
+            self._room = np.resize(self._room, 2 * n)
+        self.rows = self._room[:n]
+        self.rows[old:] = values
+
+
 class _Pieces:
     """A message that travels as several flows: it has arrived when the last of them has."""
 
@@ -30,11 +45,14 @@ class FluidNetwork:
     def __init__(self, topology, on_finish):
         self.topology, self.on_finish = topology, on_finish
         self.next_time = INFINITY
-        self._links, self._capacity = {}, []  # medium -> number; bytes/s
-        self._routes_of, self._routes = {}, []  # (a, b) -> numbers; ({link number: share}, latency, flow cap)
+        self._links, self._bandwidths = {}, []  # medium -> number; bytes/s
+        self._routes_of, self._routes = {}, 0  # (a, b) -> numbers; how many there are
+        self._new_routes = []  # ({link number: share}, latency, flow cap), not yet in the columns
+        self._capacity, self._head = _Column(float), _Column(np.int64)  # by link: bytes/s; the first flow on it
+        self._hops, self._share = _Column(np.int64), _Column(float)  # by route and hop
+        self._first, self._latency, self._cap = _Column(np.int64, [0]), _Column(float), _Column(float)  # by route
         self._payload, self._free = [], []
         self._starting = []  # (slot, route, bytes) of this instant
-        self._tables_stale = True
         self._grow(64)
 
     def start(self, a, b, nbytes, payload):
@@ -56,17 +74,16 @@ class FluidNetwork:
     def settle(self, now):
         """Give rates to everything that started at this instant."""
         if self._starting:
-            if self._tables_stale:
-                self._rebuild_tables()
+            if self._new_routes:
+                self._extend_tables()
             table = np.array(self._starting, np.float64).reshape(-1, 3)
             self._starting = []
             slots, routes = table[:, :2].T.astype(np.int64)
-            columns = *self._tables, *self._flows, *self._members
-            self.next_time = fair_share.begin(now, slots, routes, table[:, 2].copy(), *columns)
+            self.next_time = fair_share.begin(now, slots, routes, table[:, 2].copy(), *self._columns)
 
     def advance(self, now):
         """Move to `now`: end the flows that are due, let those whose latency is over in, share anew."""
-        ended, self.next_time = fair_share.advance(now, *self._tables, *self._flows, *self._members)
+        ended, self.next_time = fair_share.advance(now, *self._columns)
         slots = ended.tolist()
         payloads = [self._payload[slot] for slot in slots]
         for slot in slots:
@@ -81,10 +98,10 @@ class FluidNetwork:
             self.on_finish(payload)
 
     def _add_routes(self, a, b):
-        first = len(self._routes)
-        self._routes += [self._route(paths) for paths in self.topology.flows(a, b)]
-        self._tables_stale = True
-        found = self._routes_of[a, b] = range(first, len(self._routes))
+        new, first = [self._route(paths) for paths in self.topology.flows(a, b)], self._routes
+        self._new_routes += new
+        self._routes += len(new)
+        found = self._routes_of[a, b] = range(first, self._routes)
         return found
 
     def _route(self, paths):
@@ -95,23 +112,35 @@ class FluidNetwork:
             media = {self.topology.medium(u, v): link for (u, v), link in zip(edges, links, strict=True)}
             for medium, link in media.items():  # there and back over one shared medium is one use
                 if medium not in self._links:
-                    self._links[medium] = len(self._capacity)
-                    self._capacity.append(link.bandwidth)
+                    self._links[medium] = len(self._bandwidths)
+                    self._bandwidths.append(link.bandwidth)
                 number = self._links[medium]
                 times[number] = times.get(number, 0) + 1
             latency = max(latency, sum(link.latency for link in links))
             cap = min(cap, *(link.flow_cap * len(paths) for link in links), INFINITY)
         return {number: count / len(paths) for number, count in times.items()}, latency, cap
 
-    def _rebuild_tables(self):
-        hops = np.array([n for shares, _, _ in self._routes for n in shares], np.int64)
-        share = np.array([s for shares, _, _ in self._routes for s in shares.values()], np.float64)
-        first = np.cumsum([0] + [len(shares) for shares, _, _ in self._routes])
-        latency = np.array([latency for _, latency, _ in self._routes])
-        cap = np.array([cap for _, _, cap in self._routes])
-        self._tables = (np.array(self._capacity), hops, share, first, latency, cap)
-        self._widen(max(1, int(np.diff(first).max())), len(self._capacity))
-        self._tables_stale = False
+    def _extend_tables(self):
+        """Put the new routes, and the links they are the first to use, at the end of the columns."""
+        new, self._new_routes = self._new_routes, []
+        uses = [shares for shares, _, _ in new]
+        self._hops.extend([number for shares in uses for number in shares])
+        self._share.extend([share for shares in uses for share in shares.values()])
+        self._first.extend(self._first.rows[-1] + np.cumsum([len(shares) for shares in uses]))
+        self._latency.extend([latency for _, latency, _ in new])
+        self._cap.extend([cap for _, _, cap in new])
+        links = self._bandwidths[len(self._capacity.rows) :]
+        self._capacity.extend(links)
+        self._head.extend([-1] * len(links))
+        width = max(map(len, uses))
+        if width > self._hooks[0].shape[1]:
+            self._hooks = self._hooks_of(len(self._payload), width, self._hooks)
+
+    @property
+    def _columns(self):
+        """What the functions of `fair_share` take, in their order."""
+        routes = (self._hops, self._share, self._first, self._latency, self._cap)
+        return self._capacity.rows, *(column.rows for column in routes), *self._flows, self._head.rows, *self._hooks
 
     def _grow(self, slots):
         """Room for `slots` flows. Columns: state, route, bytes left, rate, time of last change, next time."""
@@ -124,24 +153,16 @@ class FluidNetwork:
             for new, before in zip(columns, self._flows, strict=True):
                 new[:old] = before
         self._flows = tuple(columns)
-        width = self._members[1].shape[1] if old else 1
-        self._members = self._membership(slots, width, self._members if old else None, 0)
-
-    def _widen(self, width, links):
-        head, after, _ = self._members
-        if width > after.shape[1] or links > len(head):
-            self._members = self._membership(len(after), max(width, after.shape[1]), self._members, links)
+        width = self._hooks[0].shape[1] if old else 1
+        self._hooks = self._hooks_of(slots, width, self._hooks if old else None)
 
     @staticmethod
-    def _membership(slots, width, old, links):
-        """Who uses each link: doubly linked lists. Entry (slot, hop) is known by the flat number slot·2¹⁰ + hop."""
-        head = np.full(max(links, len(old[0]) if old else 0), -1, np.int64)
-        after, before = np.full((slots, width), -1, np.int64), np.full((slots, width), -1, np.int64)
-        if old:
-            head[: len(old[0])] = old[0]
-            after[: old[1].shape[0], : old[1].shape[1]] = old[1]
-            before[: old[2].shape[0], : old[2].shape[1]] = old[2]
-        return head, after, before
+    def _hooks_of(slots, width, old):
+        """The flows of a link are a doubly linked list: (after, before) of entry (slot, hop), named slot·2¹⁰ + hop."""
+        new = np.full((slots, width), -1, np.int64), np.full((slots, width), -1, np.int64)
+        for array, former in zip(new, old or (), strict=False):
+            array[: former.shape[0], : former.shape[1]] = former
+        return new
 
 
 def whole(payload):
