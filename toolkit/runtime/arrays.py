@@ -78,16 +78,18 @@ def map_arrays(function, value, *others):
     """Apply `function` to each array of a nested tuple (and to those in the same place of `others`)."""
     if isinstance(value, np.ndarray):
         return function(value, *others)
+    return tuple(map_arrays(function, *parts) for parts in zip(value, *others, strict=True))
+
+
+def copy_of(value):
+    """What a receiver gets, for an array or a nested tuple: contiguous memory of its own, or shape-only arrays."""
+    if isinstance(value, np.ndarray):
+        return shape_only(value.shape, value.dtype) if is_shape_only(value) else np.array(value, order="C")
     if isinstance(value, (tuple, list)):
-        return tuple(map_arrays(function, *parts) for parts in zip(value, *others, strict=True))
+        return tuple([copy_of(part) for part in value])
     raise DtypeError(
         f"a message holds arrays or nested tuples of arrays, not {type(value).__name__}: wrap it with np.array(…)"
     )
-
-
-def copy_of(array):
-    """What a receiver gets: its own contiguous memory, or its own shape-only array."""
-    return shape_only(array.shape, array.dtype) if is_shape_only(array) else np.array(array, order="C")
 
 
 def same_bits(a, b):

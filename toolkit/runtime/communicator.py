@@ -200,6 +200,8 @@ class Communicator(collectives.Collectives):
 def _wire_bytes(payload, wire):
     if isinstance(payload, np.ndarray):
         return payload.nbytes if wire is None else payload.size * np.dtype(wire).itemsize
+    if wire is None:
+        return sum([_wire_bytes(part, None) for part in payload])
     each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
     if len(each) != len(payload):
         raise ShapeError(f"wire has {len(each)} dtypes for a message of {len(payload)} parts: give one each, or None")

@@ -49,7 +49,7 @@ def kernel(*, cost: Callable, out: Callable | None = None):
             if type(task) is not Task or task.in_kernel:
                 return _outside(function, out, args, options)
             declared = cost(*args, **options)
-            array = first_array(args)
+            array = args[0] if args and type(args[0]) is np.ndarray else first_array(args)
             if array is not None and is_shape_only(array):
                 result = _shape_of(function, out, array, args, options)
             else:

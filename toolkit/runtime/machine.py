@@ -7,7 +7,7 @@ the receiver's copy counts as the receiver's memory.
 import numpy as np
 from greenlet import getcurrent
 
-from .arrays import copy_of, first_array, is_shape_only, leaves, map_arrays, round_to, same_bits, shape_only
+from .arrays import copy_of, first_array, is_shape_only, leaves, round_to, same_bits
 from .deadlock import deadlock_report
 from .engine import Engine
 from .errors import BufferInUse, DeadlockError, UnreceivedMessage
@@ -115,11 +115,9 @@ class Machine:
     def protect(self, send):
         """Copy what is sent and make the originals read-only until the message has arrived."""
         payload, send.protected = send.payload, None
-        if type(payload) is np.ndarray and is_shape_only(payload):
-            send.snapshot = shape_only(payload.shape, payload.dtype)
-            return
-        send.snapshot = map_arrays(copy_of, payload)
-        if (first := first_array(payload)) is None or is_shape_only(first):
+        send.snapshot = copy_of(payload)
+        first = payload if type(payload) is np.ndarray else first_array(payload)
+        if first is None or is_shape_only(first):
             return
         send.protected = list(leaves(send.payload))
         for array in send.protected:

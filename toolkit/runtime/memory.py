@@ -5,7 +5,7 @@ from struct import Struct
 
 import numpy as np
 
-from .arrays import leaves, owner
+from .arrays import owner
 from .errors import OutOfDeviceMemory
 from .units import size
 
@@ -29,11 +29,11 @@ class Memory:
 
     def track(self, value, name):
         """Count the arrays in `value` from now until they die. Raises OutOfDeviceMemory over the capacity."""
-        if type(value) is np.ndarray:
+        if isinstance(value, np.ndarray):
             self._track(value, name)
-        else:
-            for item in leaves(value):
-                self._track(item, name)
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                self.track(part, name)
 
     def _track(self, item, name):
         root = owner(item)
