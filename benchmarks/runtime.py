@@ -7,7 +7,8 @@ ranks × steps messages. Ours runs shape-only. SMPI runs a C program with MPI_Se
 CM02 model; its payload is small, so that copying it does not count. The two take turns; times are CPU seconds, user and
 system, the best of the repetitions (both use one core), and `ratio` is their quotient: above 1 we are faster. Ours
 counts `cluster.run`, theirs the whole of `smpirun` less that of a run without messages. The two virtual times must
-agree to 1e-6.
+agree to 1e-6. A second table runs ring attention once round, shape-only: ranks × (ranks - 1) messages of keys and
+values, and twice as many kernel calls. Time per message should not grow with the ranks.
 SMPI needs smpicc and smpirun (Debian: libsimgrid-dev); without them ours runs alone.
 """
 
@@ -20,7 +21,8 @@ import tempfile
 from pathlib import Path
 from time import process_time
 
-from toolkit.runtime import Cluster, hardware, like, topology
+from toolkit.runtime import Cluster, hardware, like, shard, topology
+from toolkit.sequence_parallel import ring_attention
 
 LINK = hardware.Link(bandwidth=50e9, latency=1e-6)
 HEADER = 16  # bytes that SMPI adds to every message; ours sends them too
@@ -70,6 +72,15 @@ PLAIN = {  # bytes / bandwidth + latency, rendezvous, and nothing else
 def ring(comm, x, *, steps):
     for _ in range(steps):
         x = comm.ishift(x).wait()
+
+
+def attention_once_round(ranks):
+    """(CPU seconds, virtual seconds) of ring attention, shape-only, 1 024 tokens a rank."""
+    cluster = Cluster(topology.switch(ranks, hardware.NVLINK4), device=hardware.H100)
+    x = shard(like((32, 1024 * ranks, 128), "float16"), axis=1)
+    start = process_time()
+    run = cluster.run(ring_attention.attention, x, x, x)
+    return process_time() - start, run.makespan
 
 
 def ours(ranks, steps, nbytes):
@@ -137,6 +148,11 @@ def main():
             else:
                 row += f"{'no smpirun here':>28} "
             print(f"{row}{virtual * 1e3:12.3f}", flush=True)
+    print("\nring attention\nranks  messages   seconds  messages/s   µs a message   virtual ms")
+    for ranks in options.ranks:
+        messages, (cpu, virtual) = ranks * (ranks - 1), attention_once_round(ranks)
+        row = f"{ranks:5} {messages:9,} {cpu:9.2f} {messages / cpu:11,.0f} {1e6 * cpu / messages:14.1f}"
+        print(f"{row} {virtual * 1e3:12.3f}", flush=True)
     print(f"largest memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB")
 
 
