@@ -22,7 +22,7 @@ MACHINES = [
     topology.leaf_spine(3, 3, 2, LINK),
     topology.fat_tree(4, LINK),
     topology.dragonfly(5, 4, 2, LINK),
-    topology.rail_optimised(2, 4, spines=2),
+    topology.rail_optimised(4, 4, spines=2),
     topology.frontier(2),
     topology.nvl72(),
     topology.with_memory(topology.ring(6, LINK), LINK, LINK),

@@ -77,11 +77,12 @@ def _row(topology, devices, others):
     graph, n = topology.graph, len(devices)
     pitch = (WIDTH - 60) / n
     across = {d: 30 + pitch * (i + 0.5) for i, d in enumerate(devices)}
-    above, below = {}, {}  # (hops to a device, devices beneath) -> its nodes; fewer of both are drawn nearer
+    above, below = {}, {}  # (hops to a device, devices beneath, how far apart) -> its nodes; fewer are drawn nearer
     for node in others:
         hops, nearest = _devices_below(graph, node, devices)
         tier = graph.nodes[node].get("kind") in TIERS
-        layers, key = (below, hops) if tier else (above, (hops, len(nearest)))
+        span = round(max(across[d] for d in nearest) - min(across[d] for d in nearest))
+        layers, key = (below, hops) if tier else (above, (hops, len(nearest), span))
         layers.setdefault(key, {})[node] = sum(across[d] for d in nearest) / len(nearest)
     rows = [(_even(nodes), i + 1) for i, (_, nodes) in enumerate(sorted(above.items()))]
     rows += [(_even(nodes), -i - 1) for i, (_, nodes) in enumerate(sorted(below.items()))]
