@@ -71,7 +71,8 @@ class Cluster:
         with _without_collector():
             machine.engine.run(machine.deadlock)
         machine.check_nothing_left()
-        return Run(self, machine, outputs)
+        memories = [processor.memory for processor in machine.processors]
+        return Run(self, outputs, machine.trace, machine.engine.now, memories)
 
 
 @contextmanager
@@ -113,12 +114,12 @@ def _caller(positional, named):
 class Run:
     """What a program did: results, times, bytes, memory."""
 
-    def __init__(self, cluster, machine, outputs):
+    def __init__(self, cluster, outputs, trace, makespan, memories):
         self.cluster, self.outputs = cluster, outputs
-        self.trace: Trace = machine.trace
-        self.makespan = machine.engine.now  # virtual seconds until the last rank returned
-        self.peak_memory = [p.memory.peak for p in machine.processors]  # bytes per rank
-        self._memory = [p.memory for p in machine.processors]
+        self.trace: Trace = trace
+        self.makespan = makespan  # virtual seconds until the last rank returned
+        self.peak_memory = [memory.peak for memory in memories]  # bytes per rank
+        self._memory = memories
 
     def gather(self, axis=0, layout="contiguous"):
         """The ranks' outputs joined along `axis`: the inverse of `shard`. Tuples are joined part by part."""

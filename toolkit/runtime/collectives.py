@@ -1,14 +1,14 @@
 """Collectives: what a communicator offers, and the check that all ranks agree on what they do.
 
-The algorithms are in `algorithms`. The adjoint of each collective (what its backward pass must do to gradients) is in
-`ADJOINT`.
+The algorithms are in `algorithms`; `algorithm=None` takes the machine's default, the first of its list. The adjoint of
+each collective (what its backward pass must do to gradients) is in `ADJOINT`.
 """
 
 import numpy as np
-from greenlet import getcurrent
 
-from .algorithms import CHOICES, OPERATORS, concatenate
-from .errors import CollectiveMismatch, DtypeError, ShapeError
+from .agreement import Entry
+from .algorithms import OPERATORS, concatenate
+from .errors import DtypeError, ShapeError
 from .requests import call_site, site_text
 
 ADJOINT = {
@@ -28,11 +28,11 @@ class Collectives:
 
     _site = None  # where the program called the `i…` form that this communicator serves
 
-    def broadcast(self, x, root=0, *, algorithm="tree"):
+    def broadcast(self, x, root=0, *, algorithm=None):
         """`x` of `root`, on every rank. The others pass anything (None will do)."""
         return self._collective("broadcast", algorithm, x, root=root)
 
-    def reduce(self, x, root=0, *, op="sum", algorithm="tree"):
+    def reduce(self, x, root=0, *, op="sum", algorithm=None):
         """The sum (or op) of all ranks' `x`, on `root`; None elsewhere."""
         return self._collective(
             "reduce",
@@ -43,18 +43,18 @@ class Collectives:
             op=op,
         )
 
-    def gather(self, x, root=0, *, axis=0, algorithm="tree"):
+    def gather(self, x, root=0, *, axis=0, algorithm=None):
         """All ranks' arrays joined along `axis`, in rank order, on `root`; None elsewhere. Lengths may differ."""
         x = _at_least_1d("gather", x)
         parts = self._collective("gather", algorithm, x, _form(x, axis), root=root)
         return None if parts is None else concatenate(tuple(parts), axis)
 
-    def scatter(self, x, root=0, *, algorithm="tree"):
+    def scatter(self, x, root=0, *, algorithm=None):
         """Part `rank` of root's `x`: a sequence of p arrays (sizes may differ) or one array cut evenly along axis 0."""
         parts = _parts("scatter", x, self.size) if self.rank == root else None
         return self._collective("scatter", algorithm, parts, root=root)
 
-    def all_gather(self, x, *, axis=0, algorithm="ring"):
+    def all_gather(self, x, *, axis=0, algorithm=None):
         """All ranks' arrays joined along `axis`, in rank order, on every rank. Lengths along `axis` may differ."""
         x = _at_least_1d("all_gather", x)
         parts = self._collective(
@@ -65,7 +65,7 @@ class Collectives:
         )
         return concatenate(tuple(parts), axis)
 
-    def reduce_scatter(self, x, *, op="sum", algorithm="ring"):
+    def reduce_scatter(self, x, *, op="sum", algorithm=None):
         """Part `rank` of the sum over ranks. `x`: an array, cut evenly along axis 0, or p arrays of any sizes."""
         parts = _parts("reduce_scatter", x, self.size)
         return self._collective(
@@ -76,23 +76,24 @@ class Collectives:
             op=op,
         )
 
-    def all_reduce(self, x, *, op="sum", algorithm="ring"):
+    def all_reduce(self, x, *, op="sum", algorithm=None):
         """The sum (or max, min, prod) over ranks, on every rank: the same bits everywhere."""
         return self._collective("all_reduce", algorithm, _array("all_reduce", x), _form(x), op=op)
 
-    def all_to_all(self, x, *, algorithm="pairwise"):
+    def all_to_all(self, x, *, algorithm=None):
         """Part j of `x` goes to rank j. p arrays in, p arrays out; or one array, cut and joined along axis 0."""
         parts = _parts("all_to_all", x, self.size)
         received = self._collective("all_to_all", algorithm, parts)
         return concatenate(tuple(received)) if isinstance(x, np.ndarray) else tuple(received)
 
-    def barrier(self, *, algorithm="dissemination"):
+    def barrier(self, *, algorithm=None):
         """Return when every rank has entered."""
         self._collective("barrier", algorithm, ())
 
     def _collective(self, name, algorithm, x, form=None, **options):
         """Check that all ranks agree on what they do, then run it with messages of its own."""
-        choices = CHOICES[name]
+        choices = self._machine.algorithms[name]
+        algorithm = algorithm or next(iter(choices))
         if algorithm not in choices:
             raise ValueError(f"{name} has no algorithm {algorithm!r}; choose from {', '.join(choices)}")
         if options.get("op", "sum") not in OPERATORS:
@@ -104,40 +105,14 @@ class Collectives:
         return choices[algorithm](channel, x, **options)
 
     def _agree(self, name, signature):
-        """Compare with the first rank that entered this collective; all ranks must do the same thing."""
+        """All ranks of this communicator must enter the same collective, in the same order, with the same signature."""
         self._entered += 1
-        key, started = (self._context, self._entered), self._machine.collectives
-        mine = (name, signature, self.rank, site_text(self._site or call_site()))
-        first = started.setdefault(key, [mine, self.size])
-        first[1] -= 1
-        if not first[1]:
-            del started[key]
-        theirs = first[0]
-        if (theirs[0], theirs[1]) != (name, signature):
-            differs = [k for k in signature if theirs[1].get(k) != signature[k]] if theirs[0] == name else []
-            rows = "\n".join(
-                f"  rank {rank}   {what}({', '.join(f'{k}={sig[k]!r}' for k in (differs or ()))})   {site}"
-                for what, sig, rank, site in (theirs, mine)
-            )
-            raise CollectiveMismatch(
-                f"collective number {self._entered} of this communicator is not the same on all ranks:\n{rows}\n"
-                "Every rank must enter the same collectives, in the same order, with the same "
-                f"{' and '.join(differs) or 'operation'}."
-            )
+        self._machine.agree(self, Entry(name, signature, self.rank, site_text(self._site or call_site())))
 
     def _meet(self, name, signature, value):
-        """Exchange small values outside the network: how communicators are set up. Returns {rank: value}."""
+        """Exchange small values: how communicators are set up. Returns {rank: value}."""
         self._agree(name, dict(signature))
-        key, engine = ("meeting", self._context, self._entered), self._machine.engine
-        meeting, waiting = self._machine.contexts.setdefault(key, ({}, []))
-        meeting[self.rank] = value
-        if len(meeting) < self.size:
-            waiting.append(getcurrent())
-            engine.park(f"{name}: not all of its {self.size} ranks have called it")
-        else:
-            for task in waiting:
-                engine.wake(task)
-        return meeting
+        return self._machine.meet(self, name, value)
 
 
 def _non_blocking(name):

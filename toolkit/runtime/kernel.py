@@ -55,7 +55,7 @@ def kernel(*, cost: Callable, out: Callable | None = None):
             else:
                 task.in_kernel = True
                 try:
-                    result = function(*args, **options)
+                    result = task.owner.call(function, args, options)
                 finally:
                     task.in_kernel = False
             dtype = declared[2] if len(declared) > 2 and declared[2] is not None else getattr(array, "dtype", "float64")

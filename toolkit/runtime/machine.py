@@ -7,6 +7,8 @@ the receiver's copy counts as the receiver's memory.
 import numpy as np
 from greenlet import getcurrent
 
+from .agreement import Agreement
+from .algorithms import CHOICES
 from .arrays import copy_of, first_array, is_shape_only, leaves, round_to, same_bits
 from .deadlock import deadlock_report
 from .engine import Engine
@@ -17,18 +19,19 @@ from .requests import Send, site_text
 from .trace import Trace
 
 
-class Machine:
+class Machine(Agreement):
     """Everything one run shares: clock, network, mailboxes, trace."""
 
+    algorithms = CHOICES  # of each collective; the first is the default
+
     def __init__(self, topology, devices):
+        super().__init__()
         self.topology, self._ranks = topology, topology.ranks
         self._slowdown = any(device.overlap_slowdown for device in devices)
         self.network = FluidNetwork(topology, self._arrived)
         self.engine = Engine(self.network)
         self.trace = Trace()
         self.processors = [Processor(self, rank, device) for rank, device in enumerate(devices)]
-        self.contexts = {}  # what a communicator or collective is called -> its number
-        self.collectives = {}  # collective in progress -> (signature, first caller, ranks still to come)
         self._sends, self._receives = {}, {}  # (dest, context, tag) -> posted halves, oldest first
         self._arrivals = [f"receive from rank {rank}" for rank in range(len(devices))]
         self._floors = {}  # (source, dest) -> seconds that a message takes at least

@@ -36,6 +36,10 @@ class Processor:
         task.site = site
         return task
 
+    def call(self, function, args, options):
+        """The arithmetic of a kernel."""
+        return function(*args, **options)
+
     def compute(self, name, flops, nbytes, dtype, result, kind=None):
         """Run a kernel: take the engine when it is free, for as long as the roofline and the curve of its kind say."""
         task = getcurrent()
