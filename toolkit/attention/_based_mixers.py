@@ -16,6 +16,7 @@ from toolkit.kernels.selective_scan import scan_to_train, selective_scan
 from toolkit.learn.layers import causal_mask, linear, merge_heads, rotary, short_convolution, silu, softmax_attention
 from toolkit.learn.layers import split_heads as split
 from toolkit.runtime.arrays import leaves
+from toolkit.runtime.errors import ShapeError
 
 from . import based
 
@@ -43,6 +44,12 @@ def _projections(random, channels, width, dtype):
     return {name: linear(random, channels, size, dtype) for name, size in shapes.items()}
 
 
+def _head_dim(channels, heads):
+    if heads < 1 or channels % heads:
+        raise ShapeError(f"{channels} channels do not divide into {heads} heads")
+    return channels // heads
+
+
 def _qkv(heads, weights, x):
     return [split(x @ weights[name], heads) for name in "qkv"]
 
@@ -52,13 +59,13 @@ def _qkv(heads, weights, x):
 
 def linear_attention(channels, feature_dim=16, heads=1, dtype="float32"):
     """Global, fixed state: h (D̃ d + D̃) numbers, D̃ = 1 + d' + d'², d = channels / heads."""
-    features = 1 + feature_dim + feature_dim**2
+    features, head_dim = 1 + feature_dim + feature_dim**2, _head_dim(channels, heads)
 
     def train(w, x):
         return merge_heads(based.attention_to_train(*_qkv(heads, w, x))) @ w["o"]
 
     def start(w, batch):
-        return numpy.zeros((batch, heads, features, channels // heads + 1), dtype)
+        return numpy.zeros((batch, heads, features, head_dim + 1), dtype)
 
     def advance(w, state, x):
         out, state = based.chunked(*_qkv(heads, w, x), state=state)
@@ -70,6 +77,7 @@ def linear_attention(channels, feature_dim=16, heads=1, dtype="float32"):
 
 def softmax(channels, window=None, heads=1, dtype="float32"):
     """Exact attention with rotary positions: a cache of 2 N D numbers, or a ring of 2 w D."""
+    head_dim = _head_dim(channels, heads)
 
     def turned(w, x, first):
         q, k, v = _qkv(heads, w, x)
@@ -80,7 +88,7 @@ def softmax(channels, window=None, heads=1, dtype="float32"):
         return merge_heads(softmax_attention(*turned(w, x, 0), causal_mask(x.shape[1], window))) @ w["o"]
 
     def start(w, batch):
-        nothing = numpy.zeros((batch, heads, 0, channels // heads), dtype)
+        nothing = numpy.zeros((batch, heads, 0, head_dim), dtype)
         return based.empty_cache(nothing, nothing, window)
 
     def advance(w, state, x):
@@ -118,24 +126,33 @@ def gated_convolution(channels, width=3, dtype="float32"):
 # ---- rivals ----------------------------------------------------------------------------------------------------------
 
 
-def plain_linear_attention(channels, features, feature_dim=16, heads=1, dtype="float32"):
-    """Linear attention with elementwise features (elu + 1, or none): h (d' d + d') numbers."""
+def plain_linear_attention(channels, features=None, feature_dim=16, heads=1, dtype="float32"):
+    """Linear attention with elementwise features such as `based.elu_features`: h (d' d + d') numbers.
+
+    features   None: q and k themselves. Their weights may sum to 0, so there is no normaliser: h d' d numbers.
+    """
+    head_dim, normaliser = _head_dim(channels, heads), int(features is not None)
+    phi = features or (lambda x: x * feature_dim**-0.5)
+
+    def finish(w, sums):
+        return merge_heads(based.normalised(sums) if normaliser else sums) @ w["o"]
 
     def train(w, x):
         q, k, v = _qkv(heads, w, x)
-        weights = features(q) @ np.swapaxes(features(k), -1, -2) * numpy.tri(x.shape[1], dtype=dtype)
-        total = np.sum(weights, axis=-1, keepdims=True)
-        return merge_heads(weights @ v / total) @ w["o"]
+        weights = phi(q) @ np.swapaxes(phi(k), -1, -2) * numpy.tri(x.shape[1], dtype=dtype)
+        return finish(w, weights @ (based.with_ones(v) if normaliser else v))
 
     def start(w, batch):
-        return numpy.zeros((batch, heads, feature_dim, channels // heads + 1), dtype)
+        return numpy.zeros((batch, heads, feature_dim, head_dim + normaliser), dtype)
 
     def advance(w, state, x):
-        out, state = based.recurrent(*_qkv(heads, w, x), state, features=features)
-        return merge_heads(out) @ w["o"], state
+        q, k, v = _qkv(heads, w, x)
+        outer = phi(k)[..., :, None] * (based.with_ones(v) if normaliser else v)[..., None, :]
+        states = state[:, :, None] + numpy.cumsum(outer, axis=2)
+        return finish(w, (phi(q)[..., None, :] @ states)[..., 0, :]), states[:, :, -1]
 
     weights = partial(_projections, channels=channels, width=heads * feature_dim, dtype=dtype)
-    return Mixer(weights, train, start, advance, lambda tokens: feature_dim * (channels + heads))
+    return Mixer(weights, train, start, advance, lambda tokens: feature_dim * (channels + normaliser * heads))
 
 
 def selective_ssm(channels, states=16, expand=2, width=4, dtype="float32"):
@@ -153,7 +170,7 @@ def selective_ssm(channels, states=16, expand=2, width=4, dtype="float32"):
             "down": linear(random, inner, rank, dtype),
             "up": linear(random, rank, inner, dtype),
             "step": numpy.log(numpy.expm1(step)).astype(dtype),  # softplus of it is `step`
-            "log_a": numpy.log(numpy.tile(numpy.arange(1.0, states + 1), (inner, 1))).astype(dtype),
+            "log_a": numpy.log(numpy.tile(numpy.arange(1.0, states + 1)[:, None], inner)).astype(dtype),
             "skip": numpy.ones(inner, dtype),
             "o": linear(random, inner, channels, dtype),
         }
@@ -168,7 +185,7 @@ def selective_ssm(channels, states=16, expand=2, width=4, dtype="float32"):
         return ((scanned(w, u, scan_to_train) + w["skip"] * u) * silu(x @ w["gate"])) @ w["o"]
 
     def start(w, batch):
-        return numpy.zeros((batch, inner, states), dtype), numpy.zeros((batch, width - 1, inner), dtype)
+        return numpy.zeros((batch, states, inner), dtype), numpy.zeros((batch, width - 1, inner), dtype)
 
     def advance(w, state, x):
         h, tail = state

@@ -12,12 +12,13 @@ column: (heads, D̃, d + 1) with D̃ = 1 + d' + d'².
 Source: Arora et al. 2024, arXiv 2402.18668, sections 4 and 5, and the code it publishes. Chapter: attention/based.
 """
 
-import numpy as np
+import autograd.numpy as np  # features and sums may be differentiated
 from autograd.core import defvjp_argnums
 from autograd.extend import primitive
 
 from toolkit.kernels.linear_attention import (
     check,
+    check_causal,
     chunked,
     chunked_backward,
     grad_of_sums,
@@ -114,8 +115,7 @@ def _weights(q, k, v, mask):
 def _mask(q, k, mask):
     if mask is not None:
         return np.asarray(mask, dtype=q.dtype)
-    if q.shape[-2] != k.shape[-2]:
-        raise ShapeError(f"{q.shape[-2]} queries and {k.shape[-2]} keys: a causal mask needs as many; give mask=…")
+    check_causal(q, k)
     return np.tri(q.shape[-2], dtype=q.dtype)
 
 
@@ -164,6 +164,7 @@ def recurrent(q, k, v, state=None, keep=None, features=taylor_features):
     returns  (out (heads, tokens, d), state)
     """
     check(q, k, v)
+    check_causal(q, k)
     state = empty_state(k, v, features) if state is None else state
     out = np.empty(v.shape, np.result_type(q, v))
     for i in range(q.shape[-2]):

@@ -10,7 +10,7 @@ Source: Arora et al. 2024, arXiv 2402.18668, section 5. Chapter: attention/based
 
 from math import prod
 
-import numpy as np
+import autograd.numpy as np  # the small pieces may be differentiated
 
 from toolkit.runtime.arrays import like
 from toolkit.runtime.errors import ShapeError
@@ -58,6 +58,7 @@ def chunked(q, k, v, chunk=64, state=None, keep=None):
     raises   ShapeError
     """
     check(q, k, v, chunk)
+    check_causal(q, k)
     state = np.zeros(state_shape(k, v), np.result_type(k, v)) if state is None else state.copy()
     out = np.empty(v.shape, np.result_type(q, v))
     for now in chunks(q.shape[-2], chunk):
@@ -161,6 +162,12 @@ def second_order(state, d, a):
 def chunks(tokens, chunk):
     """Slices of `chunk` tokens, the last one what remains."""
     return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+def check_causal(q, k):
+    """Refuse a causal mask over different numbers of queries and keys."""
+    if q.shape[-2] != k.shape[-2]:
+        raise ShapeError(f"{q.shape[-2]} queries and {k.shape[-2]} keys: a causal mask needs as many of both")
 
 
 def check(q, k, v, chunk=1):

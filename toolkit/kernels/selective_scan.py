@@ -18,7 +18,7 @@ from toolkit.runtime.kernel import Cost, kernel
 def _cost(x, delta, a, b, c, state=None):
     check(x, delta, a, b, c)
     states = x.shape[0] * a.nbytes * (1 if state is None else 2)
-    return Cost(7 * x.size * a.shape[1], 3 * x.nbytes + a.nbytes + b.nbytes + c.nbytes + states)
+    return Cost(7 * x.size * a.shape[0], 3 * x.nbytes + a.nbytes + b.nbytes + c.nbytes + states)
 
 
 def _out(x, delta, a, b, c, state=None):
@@ -30,9 +30,9 @@ def _out(x, delta, a, b, c, state=None):
 def selective_scan(x, delta, a, b, c, state=None):
     """Run the recurrence over all tokens.
 
-    x, delta   (batch, tokens, channels), delta > 0      a   (channels, states), negative: how fast a state forgets
+    x, delta   (batch, tokens, channels), delta > 0      a   (states, channels), negative: how fast a state forgets
     b, c       (batch, tokens, states)
-    state      (batch, channels, states), where to go on from; None: zeros
+    state      (batch, states, channels), where to go on from; None: zeros
     returns    (y (batch, tokens, channels), state after the last token)
     costs      7 operations a token, channel and state
     raises     ShapeError
@@ -42,7 +42,7 @@ def selective_scan(x, delta, a, b, c, state=None):
     y = np.empty_like(x)
     for t, (decay, entering) in enumerate(_steps(x, delta, a, b)):
         state = decay * state + entering
-        y[:, t] = np.sum(state * c[:, t, None, :], axis=-1)
+        y[:, t] = (c[:, t, None, :] @ state)[:, 0]
     return y, state
 
 
@@ -56,31 +56,31 @@ def selective_scan_backward(x, delta, a, b, c, grad_y):
     dx, ddelta, da, db, dc = grads = tuple(np.zeros_like(array) for array in (x, delta, a, b, c))
     carry = np.zeros_like(past[0])  # gradient of h_t
     for t in range(x.shape[1])[::-1]:
-        carry = carry + grad_y[:, t, :, None] * c[:, t, None, :]
-        dc[:, t] = np.einsum("nc,ncs->ns", grad_y[:, t], past.pop())
-        db[:, t] = np.einsum("ncs,nc->ns", carry, delta[:, t] * x[:, t])
-        along_b = np.einsum("ncs,ns->nc", carry, b[:, t])
+        carry = carry + c[:, t, :, None] * grad_y[:, t, None, :]
+        dc[:, t] = (past.pop() @ grad_y[:, t, :, None])[:, :, 0]
+        db[:, t] = (carry @ (delta[:, t] * x[:, t])[:, :, None])[:, :, 0]
+        along_b = (b[:, t, None, :] @ carry)[:, 0]
         carry = carry * decays[t]
         forgetting = carry * past[-1]  # gradient of Δ_t A
-        da += np.einsum("ncs,nc->cs", forgetting, delta[:, t])
-        ddelta[:, t] = np.einsum("ncs,cs->nc", forgetting, a) + along_b * x[:, t]
+        da += np.sum(forgetting * delta[:, t, None, :], axis=0)
+        ddelta[:, t] = np.sum(forgetting * a, axis=1) + along_b * x[:, t]
         dx[:, t] = along_b * delta[:, t]
     return grads
 
 
 def _steps(x, delta, a, b):
-    """What multiplies the state at each token, and what is added to it: two arrays (batch, channels, states)."""
+    """What multiplies the state at each token, and what is added to it: two arrays (batch, states, channels)."""
     for t in range(x.shape[1]):
-        yield np.exp(delta[:, t, :, None] * a), (delta[:, t] * x[:, t])[:, :, None] * b[:, t, None, :]
+        yield np.exp(delta[:, t, None, :] * a), b[:, t, :, None] * (delta[:, t] * x[:, t])[:, None, :]
 
 
 def check(x, delta, a, b, c):
     """Refuse shapes that do not fit together, and say what was given."""
-    want = (*x.shape[:2], a.shape[1])
-    if x.ndim != 3 or delta.shape != x.shape or a.shape[0] != x.shape[2] or b.shape != want or c.shape != want:
+    want = (*x.shape[:2], a.shape[0])
+    if x.ndim != 3 or delta.shape != x.shape or a.shape[1] != x.shape[2] or b.shape != want or c.shape != want:
         raise ShapeError(
             f"selective_scan: x {x.shape}, delta {delta.shape}, a {a.shape}, b {b.shape}, c {c.shape}; needs x and "
-            "delta (batch, tokens, channels), a (channels, states), b and c (batch, tokens, states)"
+            "delta (batch, tokens, channels), a (states, channels), b and c (batch, tokens, states)"
         )
 
 
