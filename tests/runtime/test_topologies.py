@@ -177,6 +177,17 @@ def test_collectives_give_the_right_numbers(machine, collective):
     np.testing.assert_allclose([np.ravel(output) for output in run.outputs], expected, rtol=0, atol=1e-12)
 
 
+def test_equal_paths_inside_a_node_do_not_leave_it():
+    machine = topology.two_level(2, 4, WIDE, LINK, inside="switch")
+    assert nx.shortest_path_length(machine.graph, 0, 1) == 2  # through the fabric it is two hops as well
+    assert machine.alternatives(0, 1) == [[0, "switch0", 1]]
+
+
+def test_a_backward_ring_has_no_second_way():
+    assert topology.ring(6, LINK, backward=True).alternatives(0, 3) == [[0, 5, 4, 3]]
+    assert len(topology.ring(6, LINK).alternatives(0, 3)) == 2
+
+
 # ---- torus -------------------------------------------------------------------------------------------------------
 
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=3)
@@ -349,6 +360,20 @@ def test_a_whole_group_that_sends_to_the_next_shares_one_cable():
     assert last(machine, shifted(24, 6)) == pytest.approx(6 * M, rel=1e-12)
 
 
+@pytest.mark.parametrize("name", ["dragonfly", "dragonfly, two cables"])
+def test_of_the_cables_between_two_groups_the_nearest_are_taken(name):
+    machine = EVERY[name]
+    group_of = {f"router{g}.{r}": g for g in range(5) for r in range(4)}
+    for a, b in everyone(len(machine.ranks)):
+        (first,), (last_,) = (machine.graph.successors(d) for d in (a, b))
+        g, h = group_of[first], group_of[last_]
+        across = [(u, v) for u, v in machine.graph.edges if (group_of.get(u), group_of.get(v)) == (g, h)]
+        hops = [1 + (u != first) + (v != last_) for u, v in across] if g != h else [first != last_]
+        assert len(machine.route(a, b)) == 2 + min(hops)
+        if g != h:
+            assert len(machine.alternatives(a, b)) == hops.count(min(hops))
+
+
 def test_minimal_routing_crosses_one_cable_between_groups():
     machine = EVERY["dragonfly"]
     for a, b in everyone(40):
@@ -398,11 +423,13 @@ def test_links_inside_frontiers_node_are_as_published(a, b, gigabytes):
     assert topology.frontier().link(a, b).bandwidth == gigabytes * 1e9
 
 
-def test_gcds_of_frontier_go_round_by_the_widest_of_the_shortest_ways():
+def test_where_two_gcds_of_frontier_lie_between_two_others_both_ways_are_listed_and_equally_wide():
     node = topology.frontier()
-    assert nodes(node, 0, 7) == [0, 6, 7]  # 100 GB/s, where 0, 1, … would take three hops
-    assert nodes(node, 1, 6) == [1, 0, 6]  # 100 GB/s, where 1, 3, 7, 6 would take three hops
-    assert nodes(node, 2, 5) == [2, 4, 5]
+    assert node.alternatives(0, 3) == [[0, 1, 3], [0, 2, 3]]
+    for a, b in everyone(8):
+        ways = node.alternatives(a, b)
+        assert sorted(ways) == sorted(nx.all_shortest_paths(node.graph, a, b))
+        assert len({min(node.link(*edge).bandwidth for edge in pairwise(way)) for way in ways}) == 1
 
 
 def test_two_gcds_of_frontier_share_a_nic_and_a_node_sends_100_gigabytes_a_second():

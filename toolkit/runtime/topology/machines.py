@@ -3,13 +3,11 @@
 Latencies are orders of magnitude, as in `hardware`. A NIC is a part of its GPU's link where every GPU has its own.
 """
 
-from itertools import pairwise
-
 import networkx as nx
 
 from ..errors import ShapeError
 from ..hardware import IB_NDR, INFINITY_FABRIC, NVLINK4, NVLINK5, Link, replace
-from .graph import Topology, blocks, by_destination, empty, join, only, whole
+from .graph import Topology, blocks, by_destination, empty, join, whole
 from .simple import switch, two_level
 
 # One MI250X node of Frontier: OLCF, Frontier User Guide, "Frontier Compute Nodes" and the node diagram. Per direction.
@@ -75,7 +73,8 @@ def rail_optimised(nodes, gpus=8, inner=NVLINK4, rail=IB_NDR, *, spines=0, uplin
 def frontier(nodes=1):
     """Nodes of Frontier: 8 GCDs of four MI250X packages, linked by Infinity Fabric four, two, one or no links wide.
 
-    Rank 8·k + g is GCD g of node k. GCDs without a link pass through one that has: the fewest hops, then the widest.
+    Rank 8·k + g is GCD g of node k. GCDs without a link pass through one that has both, an assumption; where there are
+    two such GCDs the ways are equally wide, and the lower number is the default.
     With more than one node each package has a Slingshot NIC of 25 GB/s on its odd GCD, so two GCDs share one. The
     fabric between NICs is taken as non-blocking, an assumption that fits jobs inside one dragonfly group of 128 nodes;
     its taper between groups is not modelled.
@@ -83,7 +82,9 @@ def frontier(nodes=1):
     Host and disks: `with_memory(frontier(n), machines.GCD_TO_HOST, machines.FRONTIER_READ, machines.FRONTIER_WRITE)`.
     """
     whole(nodes=nodes)
-    one, graph = _frontier_node(), empty(8 * nodes)
+    node = nx.Graph(pair for pairs in FRONTIER_LINKS.values() for pair in pairs)
+    inside = {(a, b): sorted(nx.all_shortest_paths(node, a, b)) for a in range(8) for b in range(8)}
+    graph = empty(8 * nodes)
     for base in range(0, 8 * nodes, 8):
         for link, pairs in FRONTIER_LINKS.items():
             for u, v in pairs:
@@ -93,26 +94,14 @@ def frontier(nodes=1):
             join(graph, base + 2 * package + 1, nic, GCD_TO_NIC)
             join(graph, nic, "slingshot", SLINGSHOT)
 
-    def path(a, b):
+    def paths(a, b):
         if a // 8 == b // 8:
-            return [a // 8 * 8 + g for g in one[a % 8, b % 8]]
+            return [[a // 8 * 8 + g for g in way] for way in inside[a % 8, b % 8]]
         out, into = ([d, *[d | 1] * (d % 2 == 0), f"nic{d // 8}.{d % 8 // 2}"] for d in (a, b))
-        return [*out, "slingshot", *reversed(into)]
+        return [[*out, "slingshot", *reversed(into)]]
 
     name = f"{nodes} nodes of Frontier" if nodes > 1 else "node of Frontier"
-    return Topology(name, graph, tuple(range(8 * nodes)), path, blocks(nodes, 8), only(path))
-
-
-def _frontier_node():
-    """{(a, b): nodes} inside a node: fewest hops, then the widest narrowest link, then the lowest numbers."""
-    links = {pair: link.bandwidth for link, pairs in FRONTIER_LINKS.items() for pair in pairs}
-    graph = nx.Graph(list(links))
-
-    def preference(nodes):
-        widths = [links[min(edge), max(edge)] for edge in pairwise(nodes)]
-        return -min(widths, default=0), nodes
-
-    return {(a, b): min(nx.all_shortest_paths(graph, a, b), key=preference) for a in range(8) for b in range(8)}
+    return Topology(name, graph, tuple(range(8 * nodes)), lambda a, b: paths(a, b)[0], blocks(nodes, 8), paths)
 
 
 def nvl72(racks=1, nic=IB_NDR):
