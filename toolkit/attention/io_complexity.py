@@ -9,7 +9,9 @@ An algorithm is a function of a `FastMemory` that holds q, k, v and out of one h
 on shape-only arrays. It computes softmax(q kᵀ) v, as the paper writes it; `run` divides q by √d before.
 
 Constants are ours, the paper states orders. Its bound for M ≥ d² also holds for fast matrix multiplication (proved, not
-executed); for M < d² its last version says so for standard multiplication only. Our proof also is for the standard one.
+executed); for M < d² its last version says so for standard multiplication only. Two details are easy to miss. Scores
+that live within one epoch leave no partial sum behind, so counting products by Loomis and Whitney alone is not enough.
+And weights in a tile need the lse of its rows: `small_cache` reads it again with each tile, as three tiles may fill M.
 Source: Saha and Ye 2024, arXiv 2402.07443. Chapter: attention/io_complexity.
 """
 

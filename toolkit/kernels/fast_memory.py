@@ -63,6 +63,7 @@ class FastMemory:
         self.trace = [] if trace else None
         self.shape_only = any(is_shape_only(array) for array in self.slow.values())
         self._resident, self._made = {}, 0  # id -> (number, block)
+        self._blank = {}  # shape -> shape-only array
 
     def reserve(self, name, shape):
         """A new array in slow memory. Costs nothing; holds NaN until something is stored."""
@@ -77,7 +78,12 @@ class FastMemory:
 
     def alloc(self, *shape, fill=np.nan):
         """Room for a block: no I/O. Raises CapacityError."""
-        block = like(shape) if self.shape_only else np.full(shape, fill)
+        if not self.shape_only:
+            block = np.full(shape, fill)
+        elif shape in self._blank:
+            block = self._blank[shape][...]  # a view of its own, and cheaper than `like`
+        else:
+            block = self._blank[shape] = like(shape)
         return self._admit(block, "alloc", (shape, fill))
 
     def store(self, block, name, *where):
@@ -102,7 +108,7 @@ class FastMemory:
 
     def compute(self, instruction, *blocks):
         """Run an instruction on resident blocks: no I/O. Raises NotResident."""
-        numbers = self._numbers(blocks, instruction.name)
+        numbers = self._numbers(blocks, instruction)
         if not self.shape_only:
             instruction(*blocks)
         self._log("compute", numbers, instruction)
@@ -127,8 +133,8 @@ class FastMemory:
         except KeyError:
             place = next(i for i, block in enumerate(blocks) if id(block) not in self._resident)
             raise NotResident(
-                f"{doing}: operand {place} is not in fast memory. Load or alloc it, and use it before it is freed; "
-                "a slice or a copy of a block is not a block."
+                f"{getattr(doing, 'name', doing)}: operand {place} is not in fast memory. Load or alloc it, and use it "
+                "before it is freed; a slice or a copy of a block is not a block."
             ) from None
 
     def _log(self, kind, numbers, what):
