@@ -69,7 +69,9 @@ def _add_run(commands):
     run = commands.add_parser("run", help="run one system on a machine you describe")
     run.add_argument("system", help="for example token_ring, or ring_attention:bidirectional_attention")
     run.add_argument("--compare", nargs="+", default=[], metavar="SYSTEM", help="other systems on the same machine")
-    run.add_argument("--devices", type=_count, default=4)
+    run.add_argument("--devices", type=_count, help="ranks; 4 if not given, and with --backend mpi what mpiexec starts")
+    run.add_argument("--backend", choices=["virtual", "mpi"], default="virtual", help="mpi: real processes of mpiexec")
+    run.add_argument("--debug", action="store_true", help="with mpi: check that all ranks agree on each collective")
     run.add_argument("--tokens", type=_count, default=4096, help="of all ranks together")
     run.add_argument("--heads", type=_count, default=8)
     run.add_argument("--kv-heads", type=_count, help="fewer than --heads: grouped queries (default: as many)")
@@ -128,10 +130,14 @@ def run_system(options):
     from toolkit.show import text
 
     programs = {name: _program(name) for name in [options.system, *options.compare]}
-    cluster, arrays = _cluster(options), _arrays(options)
+    cluster, arrays = (_processes if options.backend == "mpi" else _cluster)(options), _arrays(options)
     shards = [shard(a, axis=1, layout=options.layout) for a in arrays]
-    runs = {n: cluster.run(p, *shards, causal=options.causal, layout=options.layout) for n, p in programs.items()}
-    print(f"{cluster.topology.name} of {cluster.device.name}, {options.tokens:,} tokens, {options.heads} heads of "
+    for _ in range(1 if options.backend == "virtual" else 2):  # real kernels compile in a first run
+        runs = {n: cluster.run(p, *shards, causal=options.causal, layout=options.layout) for n, p in programs.items()}
+    if None in runs.values():
+        return  # rank 0 tells
+    machine = f"{cluster.topology.name} of {cluster.device.name}" if options.backend == "virtual" else cluster
+    print(f"{machine}, {options.tokens:,} tokens, {options.heads} heads of "
           f"{options.head_dim}, {options.dtype}{', causal ' + options.layout if options.causal else ''}\n")  # fmt: skip
     print(text.table([_row(name, run) for name, run in runs.items()], HEADERS))
     if not options.shape_only:
@@ -156,7 +162,18 @@ def _cluster(options):
     link = hardware.links()[options.link or default]
     if options.bandwidth is not None:
         link = replace(link, bandwidth=options.bandwidth * 1e9)
-    return Cluster(build(options.devices, link), device=hardware.devices()[options.device])
+    return Cluster(build(options.devices or 4, link), device=hardware.devices()[options.device])
+
+
+def _processes(options):
+    from toolkit.runtime import mpi
+
+    if options.shape_only:
+        raise ValueError("--shape-only runs on the virtual machine; --backend mpi needs data")
+    cluster = mpi.Cluster(debug=options.debug)
+    if options.devices not in (None, cluster.size):
+        raise ValueError(f"--devices {options.devices}, but mpiexec started {cluster.size} processes")
+    return cluster
 
 
 def _arrays(options):

@@ -22,10 +22,8 @@ def compare(number, mine, theirs):
         return
     same_name = theirs.name == mine.name
     differs = [k for k in mine.signature if theirs.signature.get(k) != mine.signature[k]] if same_name else []
-    rows = "\n".join(
-        f"  rank {entry.rank}   {entry.name}({', '.join(f'{k}={entry.signature[k]!r}' for k in differs)})   {entry.site}"
-        for entry in (theirs, mine)
-    )
+    said = [(entry, ", ".join(f"{k}={entry.signature[k]!r}" for k in differs)) for entry in (theirs, mine)]
+    rows = "\n".join(f"  rank {entry.rank}   {entry.name}({what})   {entry.site}" for entry, what in said)
     raise CollectiveMismatch(
         f"collective number {number} of this communicator is not the same on all ranks:\n{rows}\n"
         "Every rank must enter the same collectives, in the same order, with the same "

@@ -59,15 +59,9 @@ class Cluster:
         parts = self.topology, self.devices
         machine = FaultyMachine(*parts, self.faults) if self.faults else Machine(*parts)
         outputs = [None] * self.size
-        everyone = tuple(range(self.size))
-        call = _caller(len(args), options)
+        everyone, call = tuple(range(self.size)), caller(len(args), options)
         for processor in machine.processors:
-            mine = [_own(value, processor.rank, self.size) for value in reversed(args)]
-            named = {name: _own(value, processor.rank, self.size) for name, value in options.items()}
-            processor.memory.track((mine, list(named.values())), "argument")
-            comm = Communicator(processor, everyone)
-            processor.spawn(partial(_run, call, program, comm, mine, named, outputs))
-            del mine, named
+            start(call, program, Communicator(processor, everyone), args, options, outputs)
         with _without_collector():
             machine.engine.run(machine.deadlock)
         machine.check_nothing_left()
@@ -97,11 +91,19 @@ def _own(value, rank, size):
     return value
 
 
+def start(call, program, comm, args, options, outputs):
+    """Give one rank its own arguments, and let its program begin."""
+    mine = [_own(value, comm.rank, comm.size) for value in reversed(args)]
+    named = {name: _own(value, comm.rank, comm.size) for name, value in options.items()}
+    comm._processor.memory.track((mine, list(named.values())), "argument")
+    comm._processor.main = comm._processor.spawn(partial(_run, call, program, comm, mine, named, outputs))
+
+
 def _run(call, program, comm, positional, named, outputs):
     outputs[comm.rank] = call(program, comm, positional, named)
 
 
-def _caller(positional, named):
+def caller(positional, named):
     """A function that calls `program(comm, *positional, **named)` with every argument spelled out and popped.
 
     The program's own frame then holds the only reference to its arrays: a rank that rebinds `k` frees the memory.

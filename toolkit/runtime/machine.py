@@ -46,7 +46,7 @@ class Machine(Agreement):
         if waiting is not None:
             for index, receive in enumerate(waiting):
                 if receive.sender is None or receive.sender == send.rank:
-                    _take(self._receives, send.key, waiting, index)
+                    take(self._receives, send.key, waiting, index)
                     return self._start(send, receive)
         self._sends.setdefault(send.key, []).append(send)
 
@@ -55,7 +55,7 @@ class Machine(Agreement):
         if waiting:
             for index, send in enumerate(waiting):
                 if receive.sender is None or receive.sender == send.rank:
-                    _take(self._sends, receive.key, waiting, index)
+                    take(self._sends, receive.key, waiting, index)
                     return self._start(send, receive)
         self._receives.setdefault(receive.key, []).append(receive)
 
@@ -64,7 +64,7 @@ class Machine(Agreement):
         for box in (self._sends, self._receives):
             posted = box.get(half.key, ())
             if half in posted:
-                _take(box, half.key, posted, posted.index(half))
+                take(box, half.key, posted, posted.index(half))
         if isinstance(half, Send):
             self._release(half)
 
@@ -123,7 +123,11 @@ class Machine(Agreement):
         if first is None or is_shape_only(first):
             return
         send.protected = list(leaves(send.payload))
-        for array in send.protected:
+        self.lock(send.protected)
+
+    def lock(self, arrays):
+        """Make arrays read-only until `_release`."""
+        for array in arrays:
             if entry := self._protected.get(id(array)):
                 entry[0] += 1
             elif array.flags.writeable:
@@ -218,7 +222,7 @@ class Machine(Agreement):
                 raise UnreceivedMessage("\n".join([first, *rows, advice]))
 
 
-def _take(box, key, posted, index):
+def take(box, key, posted, index):
     """Remove one of the halves posted under `key`; no empty list stays in the box."""
     if len(posted) == 1:
         del box[key]
