@@ -1,0 +1,179 @@
+"""Blocks over ranks: a stack gives the outputs and gradients of one device, and those are PyTorch's."""
+
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from toolkit.runtime import Cluster, hardware, like, positions, shard, topology
+from toolkit.sequence_parallel import _block as blocks
+from toolkit.sequence_parallel import ring_attention, token_ring, ulysses
+
+torch = pytest.importorskip("torch")
+
+H, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCABULARY, TOKENS = 24, 8, 4, 4, 40, 11, 32
+SIZES = H, HEADS, KV_HEADS, HEAD_DIM, HIDDEN
+
+
+def mesh(ranks, device=hardware.IDEAL):
+    return Cluster(topology.full_mesh(ranks, hardware.NVLINK4), device)
+
+
+def ways(causal=True):
+    """name -> (layout, Attention)"""
+    return {
+        "ring": ("contiguous", blocks.exact(ring_attention, causal=causal)),
+        "zigzag ring": ("zigzag", blocks.exact(ring_attention, causal=causal, layout="zigzag")),
+        "striped ring": ("striped", blocks.exact(ring_attention, causal=causal, layout="striped")),
+        "TokenRing": ("zigzag", blocks.exact(token_ring, causal=causal, layout="zigzag")),
+        "Ulysses": ("contiguous", ulysses.pair(causal=causal)),
+        "Ulysses, pipelined": ("contiguous", ulysses.pair(causal=causal, overlap="qkv_pipeline")),
+    }
+
+
+WAY = pytest.mark.parametrize("way", ways())
+CAUSAL = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+
+
+def model(seed=0, dtype="float64"):
+    """Weights of two blocks between an embedding and a head, tokens and the tokens that follow."""
+    random = np.random.default_rng(seed)
+    params = blocks.model_weights(random, VOCABULARY, 2, *SIZES, dtype)
+    for weights in params["layers"]:
+        weights["norm_1"] += 0.1 * random.standard_normal(H)
+        weights["norm_2"] += 0.1 * random.standard_normal(H)
+    text = random.integers(0, VOCABULARY, TOKENS + 1)
+    return params, text[:-1], text[1:]
+
+
+def step(comm, params, tokens, targets, layout, attention):
+    """Losses of this rank's tokens and the gradients summed over all ranks."""
+    where = positions(layout, comm.rank, comm.size, TOKENS)
+    losses, grads = blocks.loss_and_gradients(comm, params, tokens, targets, where, attention, HEAD_DIM, TOKENS)
+    return losses, blocks.sum_gradients(comm, grads)
+
+
+def run_step(ranks, way, causal=True):
+    params, *text = model()
+    layout, attention = ways(causal)[way]
+    run = mesh(ranks).run(step, params, *(shard(a, 0, layout) for a in text), layout, attention)
+    losses = np.empty(TOKENS)
+    for rank, output in enumerate(run.outputs):
+        losses[positions(layout, rank, ranks, TOKENS)] = output[0]
+    return losses, [output[1] for output in run.outputs]
+
+
+# ---- an independent judge --------------------------------------------------------------------------------------------
+
+
+def torch_step(params, tokens, targets, causal):
+    """The same model in PyTorch, by autograd, on whole arrays."""
+    params, functional = mapped(lambda a: torch.tensor(a, requires_grad=True), params), torch.nn.functional
+    angle = torch.as_tensor(np.arange(TOKENS)[:, None] * 10_000.0 ** (-np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2)))
+
+    def norm(x, gain):
+        return functional.rms_norm(x, (H,), gain, eps=1e-6)
+
+    def heads(x, turned):
+        x = x.reshape(TOKENS, -1, HEAD_DIM).transpose(0, 1)
+        if not turned:
+            return x
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)
+
+    x = params["embedding"][torch.as_tensor(tokens)]
+    for w in params["layers"]:
+        normed = norm(x, w["norm_1"])
+        q, k, v = (heads(normed @ w[name], name in "qk") for name in "qkv")
+        k, v = (a.repeat_interleave(HEADS // KV_HEADS, dim=0) for a in (k, v))
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = x + out.transpose(0, 1).reshape(TOKENS, -1) @ w["o"]
+        x = x + functional.gelu(norm(x, w["norm_2"]) @ w["up"], approximate="tanh") @ w["down"]
+    logits = norm(x, params["norm"]) @ params["head"]
+    losses = functional.cross_entropy(logits, torch.as_tensor(targets), reduction="none")
+    losses.mean().backward()
+    return losses.detach().numpy(), mapped(lambda a: a.grad.numpy(), params)
+
+
+def mapped(function, value):
+    """`function` of every array in nested dicts and lists."""
+    if isinstance(value, dict):
+        return {name: mapped(function, part) for name, part in value.items()}
+    return [mapped(function, part) for part in value] if isinstance(value, list) else function(value)
+
+
+def assert_same(got, want, atol=1e-10):
+    """Equal nested dicts and lists of arrays; says where they are not."""
+    assert_allclose(*(np.concatenate([a.ravel() for _, a in leaves(side)]) for side in (got, want)), rtol=0, atol=atol)
+    assert [name for name, _ in leaves(got)] == [name for name, _ in leaves(want)]
+
+
+def leaves(value, name=""):
+    if isinstance(value, np.ndarray):
+        return [(name, value)]
+    items = sorted(value.items()) if isinstance(value, dict) else enumerate(value)
+    return [leaf for key, part in items for leaf in leaves(part, f"{name}/{key}")]
+
+
+# ---- what must hold --------------------------------------------------------------------------------------------------
+
+
+@CAUSAL
+@WAY
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_two_blocks_give_pytorchs_losses_and_gradients(ranks, way, causal):
+    losses, grads = run_step(ranks, way, causal)
+    want_losses, want_grads = torch_step(*model(), causal)
+    assert_allclose(losses, want_losses, rtol=0, atol=1e-10)
+    assert_same(grads[0], want_grads)
+
+
+@WAY
+def test_every_rank_has_the_same_gradients_to_the_bit(way):
+    _, grads = run_step(4, way)
+    for other in grads[1:]:
+        assert_same(other, grads[0], atol=0)
+
+
+def test_positions_that_start_at_0_on_every_rank_are_caught():
+    params, *text = model()
+
+    def wrong(comm, tokens, targets):
+        where = np.arange(len(tokens))
+        return blocks.loss_and_gradients(
+            comm, params, tokens, targets, where, ulysses.pair(causal=True), HEAD_DIM, TOKENS
+        )[0]
+
+    losses = mesh(4).run(wrong, *(shard(a) for a in text)).gather()
+    assert np.abs(losses - torch_step(*model(), True)[0]).max() > 1e-3
+
+
+def block_both_ways(comm, weights, x, grad, layout, attention):
+    where = positions(layout, comm.rank, comm.size, x.shape[0] * comm.size)
+    y, saved = blocks.block(comm, weights, x, where, attention, HEAD_DIM)
+    dx, grads = blocks.block_backward(comm, weights, saved, grad, attention, HEAD_DIM)
+    return y, dx, *(grads[name] for name in sorted(grads))
+
+
+@WAY
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_shape_only_blocks_send_and_take_what_real_ones_do(way, dtype):
+    layout, attention = ways()[way]
+    random = np.random.default_rng(0)
+    weights = blocks.block_weights(random, *SIZES, dtype)
+    x, grad = random.standard_normal((2, TOKENS, H)).astype(dtype)
+    real, empty = (
+        mesh(4, hardware.H100).run(block_both_ways, w, *(shard(a, 0, layout) for a in arrays), layout, attention)
+        for w, arrays in ((weights, (x, grad)), (blocks.block_weights(None, *SIZES, dtype), (like(x), like(grad))))
+    )
+    assert (real.makespan, real.traffic.total) == (empty.makespan, empty.traffic.total)
+    for a, b in zip(real.outputs[0], empty.outputs[0], strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+@WAY
+def test_gradients_keep_the_dtype_of_the_weights(way):
+    layout, attention = ways()[way]
+    weights = blocks.block_weights(None, *SIZES, "float16")
+    x = shard(like((TOKENS, H), "float16"), 0, layout)
+    outputs = mesh(4).run(block_both_ways, weights, x, x, layout, attention).outputs[0]
+    assert {str(a.dtype) for a in outputs} == {"float16"}
