@@ -149,18 +149,21 @@ def _filter(t, kind, tile, y, x, s, d, conjugate):
 
 
 @loop
-def transform(first, last, t, kind, rows, s, d):
-    """Spectra (rows, bins before, 2, last) of rows first … last - 1; when PACKED with the `d` of `unpack`."""
-    floats = room(t, 1)
+def transform(first, last, t, kind, tile, rows, s, d):
+    """Bins (rows, bins before, 2, last) of rows (rows, 1, taps), some tiles of them; PACKED: s, d of `unpack`."""
+    floats = room(t, tile)
     x, y = np.empty(floats, s.dtype), np.empty(floats, s.dtype)
-    zero, one = np.int64(0), np.int64(1)
-    for r in range(first, last):
-        load(t, kind, rows, rows[:0], r, zero, one, x)
-        to_bins(t, one, x, y)
-        if kind == PACKED and d.size > 0:
-            unpack(t, y[: s[r].size], s[r].reshape(-1), d[r].reshape(-1))
-        else:
-            s[r] = y[: s[r].size].reshape(s[r].shape)
+    h, size = np.int64(0), s[0].size
+    for b in range(first * tile, min(last * tile, len(rows)), tile):
+        count = min(tile, len(rows) - b)
+        load(t, kind, rows, rows[:0], h, b, count, x)
+        to_bins(t, count, x, y)
+        for q in range(count):
+            z = y[q * size : (q + 1) * size]
+            if kind == PACKED:
+                unpack(t, z, s[b + q].reshape(-1), d[b + q].reshape(-1))
+            else:
+                s[b + q] = z.reshape(s[0].shape)
 
 
 @loop

@@ -110,12 +110,17 @@ def spectrum(k, plan):
         raise ShapeError(f"spectrum: k is {k.shape}: it must be (channels, taps)")
     if k.shape[1] > plan.n:
         raise ShapeError(f"spectrum: {k.shape[1]} taps do not fit into FFT size {plan.n}")
-    loops, dtype, kind = _loops(), _accumulation(k.dtype), REAL.index(plan.real)
+    loops, dtype = _loops(), _accumulation(k.dtype)
+    kind = loops.PACKED if plan.real == "packed" else loops.PLAIN  # filters differ, so they make no pairs
     s = np.empty((len(k), prod(plan.kept[:-1]), 2, plan.kept[-1]), dtype)
     d = np.empty_like(s) if plan.real == "packed" else s[:, :0]
-    rows = np.ascontiguousarray(k, dtype)[None]
-    share(threads_for(len(k) * plan.flops(k.shape[1])), len(k), loops.transform,
-          tables(plan, k.shape[1], dtype), kind, rows, s, d)  # fmt: skip
+    rows, tile = _plain(k, dtype)[:, None], _tile(plan, len(k))
+    share(
+        threads_for(len(k) * plan.flops(k.shape[1])),
+        -(-len(k) // tile),
+        loops.transform,
+        *(tables(plan, k.shape[1], dtype), kind, tile, rows, s, d),
+    )
     s *= weights(plan, dtype)
     return Spectrum(plan, k.shape[1], s, d)
 
