@@ -154,6 +154,17 @@ def test_a_message_alone_takes_the_latencies_and_its_narrowest_link(machine):
     assert simulate(machine, [(a, b, MB, 0.0)])[0] == pytest.approx(expected, rel=1e-12)
 
 
+# In the others two of a ring's messages meet.
+ALONE = [name for name in EVERY if not name.startswith(("dragonfly", "rails and", "Frontier"))]
+
+
+@over(ALONE)
+def test_the_ring_of_ranks_shares_no_link_so_it_ends_when_its_slowest_message_would_alone(machine):
+    pairs = shifted(len(machine.ranks), 1)
+    assert max(loads(machine, pairs).values()) == 1
+    assert last(machine, pairs) == pytest.approx(max(last(machine, [pair]) for pair in pairs), rel=1e-12)
+
+
 @each_machine
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=5, deadline=None)
@@ -372,6 +383,16 @@ def test_of_the_cables_between_two_groups_the_nearest_are_taken(name):
         assert len(machine.route(a, b)) == 2 + min(hops)
         if g != h:
             assert len(machine.alternatives(a, b)) == hops.count(min(hops))
+
+
+def test_all_to_all_on_a_balanced_dragonfly_loads_ports_most():
+    h, p, a = 2, 2, 4
+    machine = topology.dragonfly(a * h + 1, a, p, LINK)
+    group = {node: str(node).split(".")[0] for node in machine.graph}
+    expected = {"port": 72 - 1, "local": p * p + 2 * p * h * a * p, "across": (a * p) ** 2}
+    for (u, v), load in loads(machine, everyone(72)).items():
+        port = u in machine.ranks or v in machine.ranks
+        assert load == expected["port" if port else "local" if group[u] == group[v] else "across"]
 
 
 def test_minimal_routing_crosses_one_cable_between_groups():
