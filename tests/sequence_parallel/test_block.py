@@ -5,7 +5,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from toolkit.runtime import Cluster, hardware, like, positions, shard, topology
+from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _block as blocks
+from toolkit.sequence_parallel import _megatron_sp as megatron
 from toolkit.sequence_parallel import ring_attention, token_ring, ulysses
 
 torch = pytest.importorskip("torch")
@@ -152,6 +154,56 @@ def block_both_ways(comm, weights, x, grad, layout, attention):
     y, saved = blocks.block(comm, weights, x, where, attention, HEAD_DIM)
     dx, grads = blocks.block_backward(comm, weights, saved, grad, attention, HEAD_DIM)
     return y, dx, *(grads[name] for name in sorted(grads))
+
+
+# ---- Megatron's sequence parallelism: the same block, its weights in shards ------------------------------------------
+
+
+def megatron_both_ways(comm, weights, x, grad, causal):
+    shards = megatron.shard_weights(weights, comm.rank, comm.size, HEAD_DIM)
+    where, attention = np.arange(len(x) * comm.size), blocks.one_device(causal)
+    y, saved = megatron.block(comm, shards, x, where, attention, HEAD_DIM)
+    dx, grads = megatron.block_backward(comm, shards, saved, grad, attention, HEAD_DIM)
+    return y, dx, megatron.sum_norms(comm, grads)
+
+
+@CAUSAL
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_block_in_shards_gives_one_devices_output_and_gradients(ranks, causal):
+    weights, random = model()[0]["layers"][0], np.random.default_rng(1)
+    x, grad = random.standard_normal((2, TOKENS, H))
+    run = mesh(ranks).run(megatron_both_ways, weights, shard(x), shard(grad), causal)
+    y, dx, *wanted = mesh(1).run(block_both_ways, weights, x, grad, *ways(causal)["ring"]).outputs[0]
+    assert_allclose(np.concatenate([output[0] for output in run.outputs]), y, rtol=0, atol=1e-10)
+    assert_allclose(np.concatenate([output[1] for output in run.outputs]), dx, rtol=0, atol=1e-10)
+    whole = dict(zip(sorted(weights), wanted, strict=True))
+    for rank, (_, _, grads) in enumerate(run.outputs):
+        assert_same(grads, megatron.shard_weights(whole, rank, ranks, HEAD_DIM))
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_megatron_sends_4_and_6_gathered_hidden_states_and_two_norms(ranks):
+    weights = blocks.block_weights(None, H, 8, 8, HEAD_DIM, HIDDEN, "float16")
+    x = shard(like((TOKENS, H), "float16"))
+    run = mesh(ranks).run(megatron_both_ways, weights, x, x, True)
+    norms = sum(e.bytes for e in run.trace if e.kind == "send" and e.name == "all_reduce")
+    hidden = TOKENS // ranks * H * 2
+    assert run.traffic.total - norms == ranks * 10 * (ranks - 1) * hidden
+
+
+def test_megatron_keeps_a_rank_s_part_of_the_weights_only():
+    weights = model()[0]["layers"][0]
+    shards = [megatron.shard_weights(weights, rank, 4, HEAD_DIM) for rank in range(4)]
+    assert sum(s["up"].size for s in shards) == weights["up"].size
+    assert [s["q"].shape for s in shards] == [(H, HEADS // 4 * HEAD_DIM)] * 4
+
+
+def test_more_ranks_than_key_heads_are_refused():
+    with pytest.raises(ShapeError, match="4 key heads do not divide among 8 ranks"):
+        megatron.shard_weights(model()[0]["layers"][0], 0, 8, HEAD_DIM)
+
+
+# ---- shape-only, dtypes ----------------------------------------------------------------------------------------------
 
 
 @WAY

@@ -45,8 +45,8 @@ class Attention:
 
     forward    (comm, q, k, v) -> (out, saved)            q (heads, tokens, head_dim), k, v (kv_heads, tokens, head_dim)
     backward   (comm, saved, grad_out) -> (dq, dk, dv)    in any float dtype
-    lazy       forward is given functions that make q, k and v, and backward gives functions that wait for dq, dk and
-               dv: so one array can travel while the next is computed
+               or functions that wait for them, so that one can travel while what is there is used
+    lazy       forward is given functions that make q, k and v, so that one can travel while the next is computed
     """
 
     forward: Callable
@@ -112,10 +112,10 @@ def block_backward(comm, weights, saved, grad, attention, head_dim):
 
 
 def attend(comm, weights, x, where, attention, head_dim):
-    """The half of a block that talks: x + o(attention(q, k, v of norm(x)))."""
+    """The half of a block that talks: x + o(attention(q, k, v of norm(x))). Returns (y, saved)."""
     normed = rms_norm(x, weights["norm_1"])
-    makers = [partial(_heads, normed, weights[name], where if name in "qk" else None, head_dim) for name in "qkv"]
-    out, kept = attention.forward(comm, *(makers if attention.lazy else [make() for make in makers]))
+    heads = project(weights, normed, where, head_dim)
+    out, kept = attention.forward(comm, *(heads if attention.lazy else [make() for make in heads]))
     merged = merge_heads(out)
     return add(x, linear(merged, weights["o"])), (x, where, normed, merged, kept)
 
@@ -126,20 +126,31 @@ def attend_backward(comm, weights, saved, grad, attention, head_dim):
     d_out = split_heads(linear_grad_x(weights["o"], grad), head_dim)
     d_o = comm.spawn(linear_grad_w, merged, grad)  # beside the messages that attention begins with
     d_heads = attention.backward(comm, kept, d_out)
-    grads, d_normed = {"o": d_o.wait()}, None
+    d_normed, grads = project_backward(weights, normed, where, d_heads)
+    dx, d_norm = rms_norm_backward(x, weights["norm_1"], d_normed)
+    return add(dx, grad), grads | {"o": d_o.wait(), "norm_1": d_norm}
+
+
+def project(weights, normed, where, head_dim):
+    """Three functions that make q, k and v, (heads, tokens, head_dim), of (tokens, h)."""
+
+    def make(name):
+        heads = split_heads(linear(normed, weights[name]), head_dim)
+        return rotary(heads, where) if name in "qk" else heads
+
+    return [partial(make, name) for name in "qkv"]
+
+
+def project_backward(weights, normed, where, d_heads):
+    """(d_normed, grads) of `project`, from the gradients of q, k and v or from functions that wait for them."""
+    total, grads = None, {}
     for name, d_head in zip("qkv", d_heads, strict=True):
-        d_head = cast(d_head() if attention.lazy else d_head, x.dtype)
+        d_head = cast(d_head() if callable(d_head) else d_head, normed.dtype)
         if name in "qk":
             d_head = rotary(d_head, where, inverse=True)
         share, grads[name] = linear_backward(normed, weights[name], merge_heads(d_head))
-        d_normed = share if d_normed is None else add(d_normed, share)
-    dx, grads["norm_1"] = rms_norm_backward(x, weights["norm_1"], d_normed)
-    return add(dx, grad), grads
-
-
-def _heads(normed, w, where, head_dim):
-    heads = split_heads(linear(normed, w), head_dim)
-    return heads if where is None else rotary(heads, where)
+        total = share if total is None else add(total, share)
+    return total, grads
 
 
 def mlp(weights, x):
