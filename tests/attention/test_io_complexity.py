@@ -261,12 +261,12 @@ def test_a_schedule_that_forgets_to_rescale_is_caught(monkeypatch):
 
 # ---- the lower bound -------------------------------------------------------------------------------------------------
 
-GRID = [(n, d, M) for n in (64, 256) for d in (8, 16, 32) for M in (16, 40, 100, 256, 1000, 4000, 16000)]
+GRID = [(n, d, M) for n in (32, 96) for d in (8, 16, 32) for M in (16, 40, 100, 256, 1000, 4000, 16000)]
 
 
 @pytest.mark.parametrize("algorithm, n, d, M", [(a, *s) for a in CLOSED for s in GRID if fits(a, *s[1:])])
 def test_nobody_moves_fewer_words_than_the_bound(algorithm, n, d, M):
-    assert CLOSED[algorithm](n, d, M) >= io.lower_bound(n, d, M)
+    assert io.count(algorithm, n, d, M).io >= io.lower_bound(n, d, M)
 
 
 @pytest.mark.parametrize("n, d, M", GRID)
@@ -316,6 +316,11 @@ def test_an_epoch_that_completes_too_much_would_be_seen():
     assert max(e.entries for e in traces.progress(fast)) > io.most_entries(d, n * d // 4)
 
 
+def test_a_machine_that_only_counted_says_how_to_get_a_trace():
+    with pytest.raises(ValueError, match="trace=True"):
+        traces.progress(io.count(io.flash, 16, 4, 48))
+
+
 def slope(function, n, d, sizes):
     words = [function(n, d, int(M)) for M in sizes]
     return np.polyfit(np.log(sizes), np.log(words), 1)[0]
@@ -341,6 +346,13 @@ def test_the_regimes_meet_at_a_constant_fraction_of_d_squared(d):
     fractions = [io.crossover(n, d) / d**2 for n in (1024, 4096)]
     assert 0.1 < fractions[0] < 0.6
     assert fractions[0] == pytest.approx(fractions[1], rel=0.05)
+
+
+@pytest.mark.parametrize("n, d", [(64, 1), (100, 4), (256, 16), (1024, 32)])
+def test_the_crossover_is_where_the_tiles_win_for_the_last_time(n, d):
+    last = io.crossover(n, d)
+    assert io.best(n, d, last) is io.small_cache
+    assert all(io.best(n, d, M) is io.flash for M in range(last + 1, 4 * d * d + 16 * d))
 
 
 # ---- fast multiplication and the replay game -------------------------------------------------------------------------

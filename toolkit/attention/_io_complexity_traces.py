@@ -8,7 +8,26 @@ from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.kernels.fast_memory import add_products, epochs, execute
+from toolkit.kernels.fast_memory import add_products
+from toolkit.runtime.errors import ShapeError
+
+
+def epochs(trace, words):
+    """Cut a trace between events into stretches of at most `words` I/Os, each as long as can be.
+
+    returns   list of lists of Event
+    raises    ShapeError   one transfer alone is longer
+    """
+    pieces, begin, before = [[]], 0, 0  # the I/O clock when the stretch began, and before this event
+    for event in trace:
+        if event.io - before > words:
+            raise ShapeError(f"a transfer of {event.io - before} words does not fit an epoch of {words}")
+        if event.io - begin > words:
+            pieces.append([])
+            begin = before
+        pieces[-1].append(event)
+        before = event.io
+    return pieces
 
 
 class Epoch(NamedTuple):
@@ -22,6 +41,7 @@ class Epoch(NamedTuple):
 def progress(fast):
     """Follow every score through the trace of a machine, shape-only or not.
 
+    A score that is not made as a sum of d products, as Strassen's are not, counts for nothing.
     returns  list of Epoch
     """
     scores, result, before = _Scores(fast), [], 0
@@ -55,6 +75,9 @@ class _Scores:
         part = self.have[q[0], k[0]]
         part += len(columns)
         return np.count_nonzero(part == self.head_dim) if columns.stop == self.head_dim else 0, part.size * len(columns)
+
+
+# ---- the replay game -------------------------------------------------------------------------------------------------
 
 
 class Transcript(NamedTuple):
@@ -120,5 +143,26 @@ def reproduce(transcript):
 
 
 def _completed(events, completing, held, read, write):
-    steps = zip(execute(events, held, read, write), completing, strict=True)
+    steps = zip(_execute(events, held, read, write), completing, strict=True)
     return [blocks[event.blocks[0]].copy() for (event, blocks), complete in steps if complete]
+
+
+def _execute(events, blocks, read, write):
+    """Do again what a trace says. A generator: (event, blocks) after each compute.
+
+    blocks   dict: number -> array, what fast memory holds; changed in place
+    read     (name, slices) -> the words of a load          write   called with (block, (name, slices)) at a store
+    """
+    for event in events:
+        if event.kind == "load":
+            blocks[event.blocks[0]] = np.array(read(event.what), order="C")
+        elif event.kind == "alloc":
+            blocks[event.blocks[0]] = np.full(*event.what)
+        elif event.kind == "store":
+            write(blocks[event.blocks[0]], event.what)
+        elif event.kind == "free":
+            for number in event.blocks:
+                del blocks[number]
+        else:
+            event.what(*(blocks[number] for number in event.blocks))
+            yield event, blocks

@@ -271,7 +271,7 @@ def best(n, d, M):
 
 def crossover(n, d):
     """The largest M at which `small_cache` still moves fewer words than `flash` does."""
-    return next(M for M in range(2 * d * d, 2, -1) if best(n, d, M) is small_cache)
+    return next(M for M in range(max(2 * d * d, 4 * d + 2), 2, -1) if best(n, d, M) is small_cache)
 
 
 # ---- how many at least -----------------------------------------------------------------------------------------------

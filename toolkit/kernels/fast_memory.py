@@ -60,10 +60,17 @@ class FastMemory:
             raise ShapeError(f"fast memory holds {capacity} words; it needs one at least")
         self.capacity, self.slow = capacity, dict(slow)
         self.io = self.used = self.peak = 0
-        self.trace = [] if trace else None
+        self._trace = [] if trace else None
         self.shape_only = any(is_shape_only(array) for array in self.slow.values())
         self._resident, self._made = {}, 0  # id -> (number, block)
         self._blank = {}  # shape -> shape-only array
+
+    @property
+    def trace(self):
+        """Every Event so far, a list. Raises ValueError where the machine was told to count only."""
+        if self._trace is None:
+            raise ValueError("this machine only counted; ask for a trace with count(…, trace=True)")
+        return self._trace
 
     def reserve(self, name, shape):
         """A new array in slow memory. Costs nothing; holds NaN until something is stored."""
@@ -138,8 +145,8 @@ class FastMemory:
             ) from None
 
     def _log(self, kind, numbers, what):
-        if self.trace is not None:
-            self.trace.append(Event(kind, self.io, numbers, what))
+        if self._trace is not None:
+            self._trace.append(Event(kind, self.io, numbers, what))
 
 
 # ---- instructions ----------------------------------------------------------------------------------------------------
@@ -252,45 +259,3 @@ def subtract(a, b):
     for i in range(a.shape[0]):
         for j in range(a.shape[1]):
             a[i, j] -= b[i, j]
-
-
-# ---- traces ----------------------------------------------------------------------------------------------------------
-
-
-def epochs(trace, words):
-    """Cut a trace between events into stretches of at most `words` I/Os, each as long as can be.
-
-    returns   list of lists of Event
-    raises    ShapeError   one transfer alone is longer
-    """
-    pieces, begin, before = [[]], 0, 0  # the I/O clock when the stretch began, and before this event
-    for event in trace:
-        if event.io - before > words:
-            raise ShapeError(f"a transfer of {event.io - before} words does not fit an epoch of {words}")
-        if event.io - begin > words:
-            pieces.append([])
-            begin = before
-        pieces[-1].append(event)
-        before = event.io
-    return pieces
-
-
-def execute(events, blocks, read, write):
-    """Do again what a trace says. A generator: (event, blocks) after each compute.
-
-    blocks   dict: number -> array, what fast memory holds; changed in place
-    read     (name, slices) -> the words of a load          write   called with (block, (name, slices)) at a store
-    """
-    for event in events:
-        if event.kind == "load":
-            blocks[event.blocks[0]] = np.array(read(event.what), order="C")
-        elif event.kind == "alloc":
-            blocks[event.blocks[0]] = np.full(*event.what)
-        elif event.kind == "store":
-            write(blocks[event.blocks[0]], event.what)
-        elif event.kind == "free":
-            for number in event.blocks:
-                del blocks[number]
-        else:
-            event.what(*(blocks[number] for number in event.blocks))
-            yield event, blocks
