@@ -44,9 +44,9 @@ class Attention:
     """Attention over the tokens of all ranks, and its gradient, as a block calls them.
 
     forward    (comm, q, k, v) -> (out, saved)            q (heads, tokens, head_dim), k, v (kv_heads, tokens, head_dim)
-    backward   (comm, saved, grad_out) -> (dq, dk, dv)    in any float dtype
-               or functions that wait for them, so that one can travel while what is there is used
-    lazy       forward is given functions that make q, k and v, so that one can travel while the next is computed
+    backward   (comm, saved, grad_out) -> dq, dk, dv      in any float dtype; an iterator will do
+    lazy       overlap: forward is given functions that make q, k and v, so that one can travel while the next is made,
+               and a weight's gradient is computed beside what backward sends first
     """
 
     forward: Callable
@@ -124,11 +124,12 @@ def attend_backward(comm, weights, saved, grad, attention, head_dim):
     """Gradients (dx, grads) of `attend`."""
     x, where, normed, merged, kept = saved
     d_out = split_heads(linear_grad_x(weights["o"], grad), head_dim)
-    d_o = comm.spawn(linear_grad_w, merged, grad)  # beside the messages that attention begins with
+    # The weights' gradient waits for nobody: it can be computed while attention's first message travels.
+    d_o = comm.spawn(linear_grad_w, merged, grad).wait if attention.lazy else partial(linear_grad_w, merged, grad)
     d_heads = attention.backward(comm, kept, d_out)
     d_normed, grads = project_backward(weights, normed, where, d_heads)
     dx, d_norm = rms_norm_backward(x, weights["norm_1"], d_normed)
-    return add(dx, grad), grads | {"o": d_o.wait(), "norm_1": d_norm}
+    return add(dx, grad), grads | {"o": d_o(), "norm_1": d_norm}
 
 
 def project(weights, normed, where, head_dim):
@@ -142,10 +143,10 @@ def project(weights, normed, where, head_dim):
 
 
 def project_backward(weights, normed, where, d_heads):
-    """(d_normed, grads) of `project`, from the gradients of q, k and v or from functions that wait for them."""
+    """(d_normed, grads) of `project`, from the gradients of q, k and v, taken one at a time."""
     total, grads = None, {}
     for name, d_head in zip("qkv", d_heads, strict=True):
-        d_head = cast(d_head() if callable(d_head) else d_head, normed.dtype)
+        d_head = cast(d_head, normed.dtype)
         if name in "qk":
             d_head = rotary(d_head, where, inverse=True)
         share, grads[name] = linear_backward(normed, weights[name], merge_heads(d_head))

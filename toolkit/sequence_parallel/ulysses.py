@@ -13,18 +13,19 @@ Source: Jacobs et al. 2023, arXiv 2309.14509, section 3. Chapter: sequence_paral
 """
 
 from functools import partial
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 from toolkit.kernels.layers import cast
-from toolkit.runtime import Cost, kernel, like
+from toolkit.runtime import Cost, kernel, like, positions
 from toolkit.runtime.algorithms import concatenate
 from toolkit.runtime.errors import ShapeError
 
 from . import ring_attention
 from ._block import Attention, exact, one_device
+from ._cuts import even_slices, kv_slices, query_slices, token_slices
+from ._cuts import head_slices as head_slices  # part of the interface
 
 
 class Saved(NamedTuple):
@@ -57,14 +58,16 @@ def forward(comm, q, k, v, *, inner, replicate_kv=False, uneven=False, overlap="
     if overlap == "none":
         q, k, v = made(q), made(k), made(v)
     k = made(k)
-    kv_cuts = kv_slices(k.shape[0], comm.size, replicate_kv, uneven)
-    k_arrives = start_swap(comm, k, kv_cuts)
+    kv_heads, local, dtype = k.shape[0], k.shape[1], k.dtype
+    kv_cuts = kv_slices(kv_heads, comm.size, replicate_kv, uneven)
+    k = start_swap(comm, k, kv_cuts)
     q = made(q)
-    q_cuts = query_slices(q.shape[0], k.shape[0], comm.size, kv_cuts, uneven)
-    q_arrives = start_swap(comm, q, q_cuts)
-    v_arrives = start_swap(comm, made(v), kv_cuts)
-    local, dtype = q.shape[1], q.dtype
-    q, k, v = q_arrives(), k_arrives(), v_arrives()
+    q_cuts = query_slices(q.shape[0], kv_heads, comm.size, kv_cuts, uneven)
+    q = start_swap(comm, q, q_cuts)
+    v = start_swap(comm, made(v), kv_cuts)
+    q = q()
+    k = k()  # one at a time: what has been joined is let go
+    v = v()
     token_cuts = token_slices(q.shape[1], local, comm, uneven)
     context, kept = inner.forward(comm, q, k, v)
     out = swap_heads(comm, context, token_cuts, inverse=True)
@@ -75,15 +78,24 @@ def backward(comm, saved, grad_out, *, overlap="none"):
     """Gradients of `forward`: the same four all-to-alls, each in the other direction.
 
     grad_out   like out
-    returns    (dq, dk, dv) in the dtype of q; with overlap="qkv_pipeline" three functions that wait for them
+    returns    dq, dk, dv in the dtype of q. With overlap="qkv_pipeline" an iterator, which sends each while its caller
+               uses the one before; it must be exhausted
     """
     grad = swap_heads(comm, grad_out, saved.heads)
-    grads = saved.inner.backward(comm, saved.kept, grad)
-    arriving = []
-    for grad, cuts in zip(grads, (saved.heads, saved.kv_heads, saved.kv_heads), strict=True):
-        arrives = start_swap(comm, cast(grad, saved.dtype), saved.tokens, inverse=True)
-        arriving.append(partial(sum_copies, arrives, cuts[-1][1]))
-    return tuple(arriving) if overlap == "qkv_pipeline" else tuple(arrives() for arrives in arriving)
+    coming_home = going_home(comm, saved, saved.inner.backward(comm, saved.kept, grad))
+    return coming_home if overlap == "qkv_pipeline" else tuple(coming_home)
+
+
+def going_home(comm, saved, grads):
+    """Swap dq, dk and dv back, one after the other; the next is under way before one is handed over."""
+    grads = [cast(grad, saved.dtype) for grad in grads]
+    coming = start_swap(comm, grads.pop(0), saved.tokens, inverse=True)
+    for cuts in (saved.heads, saved.kv_heads, saved.kv_heads):
+        grad = coming()
+        if grads:
+            coming = start_swap(comm, grads.pop(0), saved.tokens, inverse=True)
+        heads = cuts[-1][1]
+        yield grad if len(grad) == heads else sum_copies(grad, heads)
 
 
 def pair(*, causal=False, inner=None, overlap="none", **options):
@@ -119,75 +131,17 @@ def start_swap(comm, x, cuts=None, *, inverse=False):
     return lambda: concatenate(coming.wait(), axis=joined)
 
 
-def head_slices(heads, size):
-    """(start, stop) of each rank's run of heads; when they do not divide, the first ranks get one more."""
-    ends = [rank * (heads // size) + min(rank, heads % size) for rank in range(size + 1)]
-    return list(pairwise(ends))
-
-
-def even_slices(count, size, what):
-    """`head_slices` where a remainder is a mistake."""
-    if count % size:
-        raise ShapeError(f"{count} {what} do not divide among {size} ranks: pad, or pass uneven=True")
-    return head_slices(count, size)
-
-
-def kv_slices(kv_heads, size, replicate=False, uneven=False):
-    """The key heads of each rank.
-
-    raises   ShapeError  fewer than ranks without `replicate`, or not a divisor of them; a remainder without `uneven`
-    """
-    if kv_heads >= size:
-        return head_slices(kv_heads, size) if uneven else even_slices(kv_heads, size, "key heads")
-    if not replicate:
-        raise ShapeError(
-            f"{kv_heads} key heads are too few for {size} ranks: use at most {kv_heads}, combine with ring attention "
-            "(hybrid_attention), or pass replicate_kv=True, which sends each key head to several ranks"
-        )
-    if size % kv_heads:
-        raise ShapeError(f"{size} ranks cannot share {kv_heads} key heads evenly: use a multiple of {kv_heads} ranks")
-    return [(rank * kv_heads // size, rank * kv_heads // size + 1) for rank in range(size)]
-
-
-def query_slices(heads, kv_heads, size, kv_cuts, uneven=False):
-    """The query heads of each rank: those that read its key heads, or its part of those that read its one key head."""
-    if heads % kv_heads:
-        raise ShapeError(f"{heads} query heads cannot share {kv_heads} key heads: the second must divide the first")
-    if kv_heads < size or not uneven:
-        return even_slices(heads, size, "query heads")
-    group = heads // kv_heads
-    return [(start * group, stop * group) for start, stop in kv_cuts]
-
-
-def token_slices(tokens, local, comm, uneven=False):
-    """The tokens of each rank, as `positions("contiguous", …)` numbers them; this rank must hold `local` of them."""
-    cuts = head_slices(tokens, comm.size) if uneven else even_slices(tokens, comm.size, "tokens")
-    start, stop = cuts[comm.rank]
-    if stop - start != local:
-        raise ShapeError(
-            f"rank {comm.rank} of {comm.size} holds {local} of {tokens} tokens, and contiguous runs give it "
-            f"{stop - start}: shard them with layout='contiguous'"
-        )
-    return cuts
-
-
 def made(x):
     """The array, where x is a function that makes it."""
     return x() if callable(x) else x
-
-
-def sum_copies(arrives, heads):
-    """What arrives, with the gradients of a head that was sent to several ranks added up, once."""
-    grad = arrives()
-    return grad if len(grad) == heads else fold(grad, heads)
 
 
 @kernel(
     cost=lambda x, heads: Cost(0, x.nbytes + x.nbytes * heads // x.shape[0]),
     out=lambda x, heads: like((heads, *x.shape[1:]), x.dtype),
 )
-def fold(x, heads):
-    """(heads · copies, n, d) -> (heads, n, d): the sum over copies."""
+def sum_copies(x, heads):
+    """(heads · copies, n, d) -> (heads, n, d): the gradient of a key head that was sent to several ranks, once."""
     copies = x.reshape(heads, -1, *x.shape[1:])
     return copies.sum(axis=1, dtype=np.result_type(x, "float32")).astype(x.dtype, copy=False)
 
@@ -226,30 +180,83 @@ def attention_backward(comm, q, k, v, out, lse, grad_out, *, causal=False, repli
 
 
 def hybrid_attention(comm, q, k, v, *, nodes, causal=False, layout="contiguous", return_lse=False, **options):
-    """The mesh: all-to-alls inside each node, keys and values of a rank's heads from node to node round a ring.
+    """All-to-alls inside each node; the keys and values of a rank's heads pass from node to node round a ring.
 
-    nodes    number of nodes, whose ranks are numbered node by node; divides the number of ranks
-    layout   of the nodes' tokens, each node's cut into runs for its ranks: see `hybrid_positions`
-    sends    between nodes (nodes-1) times the keys and values of 1/size of all heads' … per rank; see `predict_bytes`
+    q, k, v   this rank's tokens: its run of its node's, which are the node's share in `layout` (`hybrid_positions`)
+    nodes     number of nodes, whose ranks are numbered node by node. Their size, not P, is bounded by the key heads
+    returns   as `attention`
+    sends     between nodes (nodes-1) times the bytes of this rank's k and v; inside, what Ulysses of one node does
+    raises    ShapeError
     """
-    inside, inner = mesh(comm, nodes, causal, layout)
-    out, saved = forward(inside, q, k, v, inner=inner, **options)
+    inside, ring = mesh(comm, nodes, causal, layout)
+    out, saved = forward(inside, q, k, v, inner=ring, **options)
     if not return_lse:
         return out
     *_, lse = saved.kept
     return out, swap_heads(inside, lse[..., None], saved.tokens, inverse=True)[..., 0]
 
 
+def hybrid_pair(*, nodes, causal=False, layout="contiguous", **options):
+    """The hybrid as the Attention of a block."""
+
+    def ahead(comm, q, k, v):
+        inside, ring = mesh(comm, nodes, causal, layout)
+        out, saved = forward(inside, q, k, v, inner=ring, **options)
+        return out, (inside, saved)
+
+    return Attention(ahead, lambda _comm, saved, grad_out: backward(*saved, grad_out))
+
+
 def mesh(comm, nodes, causal=False, layout="contiguous"):
-    """(ranks of my node, the ring as the inner attention): what `forward` needs to be a hybrid."""
+    """The two axes of the mesh: (communicator of this node, ring attention between the nodes as an Attention)."""
     if nodes < 1 or comm.size % nodes:
         raise ShapeError(f"{comm.size} ranks do not divide into {nodes} nodes")
-    per_node = comm.size // nodes
-    node, place = divmod(comm.rank, per_node)
-    inside = comm.group(range(node * per_node, (node + 1) * per_node))
-    across = comm.group(range(place, comm.size, per_node))
+    node, place = divmod(comm.rank, comm.size // nodes)
+    numbers = np.arange(comm.size).reshape(nodes, -1)
+    inside, across = comm.group(numbers[node].tolist()), comm.group(numbers[:, place].tolist())
     ring = exact(ring_attention, causal=causal, layout=layout)
     return inside, Attention(
-        lambda _, q, k, v: ring.forward(across, q, k, v),
-        lambda _, saved, grad_out: ring.backward(across, saved, grad_out),
+        lambda _inside, *qkv: ring.forward(across, *qkv),
+        lambda _inside, saved, grad_out: ring.backward(across, saved, grad_out),
     )
+
+
+def hybrid_positions(layout, rank, nodes, size, n):
+    """Global indices that a rank of the hybrid holds: its run of its node's tokens. See `toolkit.runtime.positions`."""
+    node, place = divmod(rank, size // nodes)
+    whole = positions(layout, node, nodes, n)
+    return whole[positions("contiguous", place, size // nodes, len(whole))]
+
+
+# ---- what it sends ---------------------------------------------------------------------------------------------------
+
+
+def predict_bytes(tokens, heads, kv_heads, head_dim, itemsize, ranks, scheme="ulysses"):
+    """Bytes that a rank sends for one layer; exact where everything divides.
+
+    scheme    "ulysses" (key heads sent to several ranks if there are fewer than ranks), "megatron" or "ring"
+    returns   {"forward": int, "backward": int}
+    raises    ValueError  unknown scheme
+    """
+    local = tokens // ranks * head_dim * itemsize  # one head of a rank's tokens
+    if scheme == "ulysses":
+        swapped = local * (2 * heads + 2 * max(kv_heads, ranks)) * (ranks - 1) // ranks
+        return {"forward": swapped, "backward": swapped}
+    if scheme == "megatron":
+        hidden = local * heads * (ranks - 1)
+        return {"forward": 4 * hidden, "backward": 6 * hidden}
+    if scheme == "ring":
+        block = 2 * local * kv_heads
+        return {"forward": (ranks - 1) * block, "backward": (ranks - 1) * block + ranks * block * max(1, 4 // itemsize)}
+    raise ValueError(f"scheme={scheme!r} is not one of ulysses, megatron, ring")
+
+
+def predict_hybrid_bytes(tokens, heads, kv_heads, head_dim, itemsize, ranks, nodes):
+    """Bytes that a rank of the hybrid sends forward, for one layer: {"inside": int, "across": int}.
+
+    raises   ShapeError  a mesh that is not legal: heads or key heads do not divide among a node's ranks
+    """
+    per_node = ranks // nodes
+    query_slices(heads, kv_heads, per_node, kv_slices(kv_heads, per_node))
+    inside = predict_bytes(tokens // nodes, heads, kv_heads, head_dim, itemsize, per_node)["forward"]
+    return {"inside": inside, "across": (nodes - 1) * 2 * kv_heads * (tokens // ranks) * head_dim * itemsize}
