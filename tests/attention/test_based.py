@@ -12,7 +12,9 @@ from reference import dense_attention
 from toolkit.attention import _based_mixers as mixers
 from toolkit.attention import _based_recall as recall
 from toolkit.attention import _based_throughput as throughput
+from toolkit.attention import _based_trained as trained
 from toolkit.attention import based
+from toolkit.claims.attention import based as claims
 from toolkit.kernels.selective_scan import selective_scan, selective_scan_backward
 from toolkit.learn.stack import language_model, logits
 from toolkit.runtime import hardware, like
@@ -391,6 +393,26 @@ def test_sending_some_bits_and_guessing_the_rest_obeys_the_bound_and_knowing_the
 def test_more_state_and_finer_numbers_let_bob_err_less():
     errors = [recall.index_protocol(64, d, bits)[1] for d, bits in ((2, 1), (4, 1), (8, 1), (8, 8))]
     assert errors == sorted(errors, reverse=True) and errors[0] > 0.3 and errors[-1] < 0.25
+
+
+# ---- recall that is learned ------------------------------------------------------------------------------------------
+
+
+def test_the_kept_grid_lists_every_mixer_with_the_state_that_it_holds():
+    states = {name: state for name, (state, _, _) in claims.grid().items()}
+    assert states == {name: make().floats(trained.TOKENS) for name, make in trained.MIXERS.items()}
+
+
+@pytest.mark.parametrize("name", trained.MIXERS)
+def test_ten_steps_of_training_lower_the_loss_of_every_mixer(name):
+    losses = trained.run(name, rate=1e-2, steps=10).losses
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_seed_trains_the_same_model():
+    one, two = (trained.run("Taylor d' = 2", steps=4) for _ in range(2))
+    assert one.accuracy == two.accuracy
+    assert_array_equal(one.losses, two.losses)
 
 
 # ---- bytes and time --------------------------------------------------------------------------------------------------

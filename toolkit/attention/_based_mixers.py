@@ -2,7 +2,7 @@
 
 A mixer is three functions on (batch, tokens, channels) and a formula. `train` and `advance` compute the same;
 `advance` takes any number of new tokens, so that prefill and decode are one function.
-Source: Arora et al. 2024, arXiv 2402.18668, section 4; rivals as cited. Chapter: attention/based.
+Source: Arora et al. 2024, arXiv 2402.18668; rivals as cited. Chapter: attention/based.
 """
 
 from collections.abc import Callable
@@ -157,10 +157,10 @@ def plain_linear_attention(channels, features=None, feature_dim=16, heads=1, dty
 
 def selective_ssm(channels, states=16, expand=2, width=4, dtype="float32"):
     """Mamba's block (Gu and Dao 2023): d_inner = expand D; state d_inner (states + width - 1) numbers."""
-    inner, rank = expand * channels, max(1, channels // 16)
+    inner, rank = expand * channels, max(8, channels // 16)  # Mamba has D / 16; 2 would be too few for D = 32
 
     def weights(random):
-        step = numpy.exp(random.uniform(numpy.log(1e-3), numpy.log(1e-1), inner))  # step sizes at the start
+        step = numpy.exp(random.uniform(numpy.log(0.1), numpy.log(1.0), inner))  # steps for short sequences
         return {
             "in": linear(random, channels, inner, dtype),
             "gate": linear(random, channels, inner, dtype),
@@ -170,7 +170,7 @@ def selective_ssm(channels, states=16, expand=2, width=4, dtype="float32"):
             "down": linear(random, inner, rank, dtype),
             "up": linear(random, rank, inner, dtype),
             "step": numpy.log(numpy.expm1(step)).astype(dtype),  # softplus of it is `step`
-            "log_a": numpy.log(numpy.tile(numpy.arange(1.0, states + 1)[:, None], inner)).astype(dtype),
+            "log_a": numpy.log(numpy.tile(numpy.linspace(0.02, 1.0, states)[:, None], inner)).astype(dtype),
             "skip": numpy.ones(inner, dtype),
             "o": linear(random, inner, channels, dtype),
         }
@@ -222,9 +222,9 @@ def gated_long_convolution(channels, states=16, width=3, dtype="float32"):
     def train(w, x):
         tokens = x.shape[1]
         u = short_convolution(x @ w["k"], w["kernel"]) * (x @ w["v"])
-        lags = numpy.arange(tokens)[:, None] - numpy.arange(tokens)
-        toeplitz = long_filter(w, tokens)[numpy.maximum(lags, 0)] * (lags >= 0)[..., None].astype(dtype)
-        return ((np.einsum("ijc,njc->nic", toeplitz, u) + w["skip"] * u) * (x @ w["q"])) @ w["o"]
+        spectrum = np.fft.rfft(u, 2 * tokens, axis=1) * np.fft.rfft(long_filter(w, tokens), 2 * tokens, axis=0)
+        mixed = np.fft.irfft(spectrum, 2 * tokens, axis=1)[:, :tokens]
+        return ((mixed + w["skip"] * u) * (x @ w["q"])) @ w["o"]
 
     def start(w, batch):
         return numpy.zeros((batch, channels, states), dtype), numpy.zeros((batch, width - 1, channels), dtype)

@@ -2,7 +2,7 @@
 
 Tier A of the experiments: random keys, values that are codes of ±1, one query for each fact. And the lower bound as a
 program: a state that recalls any of n bits is a message from which any of n bits can be read (the problem INDEX).
-Source: Arora et al. 2024, arXiv 2402.18668, section 3 and its appendix. Chapter: attention/based.
+Source: Arora et al. 2024, arXiv 2402.18668. Chapter: attention/based.
 """
 
 from functools import partial

@@ -2,7 +2,7 @@
 
 A decode step reads all weights once for the whole batch, and the state of every sequence. Attention's state grows with
 the context; BASED's is read and written back, and keeps its size. One fused launch a step: the best case for both.
-Source: Arora et al. 2024, arXiv 2402.18668, sections 5 and 6.3. Chapter: attention/based.
+Source: Arora et al. 2024, arXiv 2402.18668. Chapter: attention/based.
 """
 
 from dataclasses import dataclass

@@ -9,7 +9,7 @@ Three views give the same numbers: quadratic (training), recurrent (decoding), c
 leading axes, such as a batch. The normaliser is what a value of always 1 would give, so the state holds it as its last
 column: (heads, D̃, d + 1) with D̃ = 1 + d' + d'².
 
-Source: Arora et al. 2024, arXiv 2402.18668, sections 4 and 5, and the code it publishes. Chapter: attention/based.
+Source: Arora et al. 2024, arXiv 2402.18668, and the code it publishes. Chapter: attention/based.
 """
 
 import autograd.numpy as np  # features and sums may be differentiated

@@ -5,7 +5,7 @@ three orders of the series: 1 row, d' rows, d'² rows. Order 2 is applied one ro
 
 Queries and keys are (…, tokens, d'), values (…, tokens, d), with the same leading axes: heads, or batch and heads. The
 last column of the state is the normaliser, what a value of always 1 would give: (…, 1 + d' + d'², d + 1).
-Source: Arora et al. 2024, arXiv 2402.18668, section 5. Chapter: attention/based.
+Source: Arora et al. 2024, arXiv 2402.18668. Chapter: attention/based.
 """
 
 from math import prod
