@@ -16,7 +16,6 @@ import numpy as np
 from autograd.misc import flatten
 
 from toolkit.attention import _trans_mla_model as tiny
-from toolkit.attention import trans_mla
 from toolkit.claims.attention.trans_mla import LIKE_QWEN, RANK
 
 PRETRAIN, CONTINUE, RECOVER, SEEDS = 1000, 250, 200, (1, 2, 3)
@@ -30,16 +29,6 @@ def single(model):
     return tiny.joined(unflatten(vector.astype(np.float32)), kinds)
 
 
-def arms(model):
-    """What continues: the layer as it is, the same with as many more parameters in the MLP, and the latent form."""
-    extra = 2 * tiny.HEADS * tiny.HEAD_DIM * tiny.KV_HEADS * tiny.HEAD_DIM  # of up_k and up_v
-    return {
-        "GQA": model,
-        "GQA, wider MLP": tiny.wider(model, -(-extra // (3 * tiny.HIDDEN))),
-        "MLA": tiny.with_layers(model, [trans_mla.exact(layer) for layer in tiny.mixers(model)]),
-    }
-
-
 def main():
     began = time.process_time()
     model, losses = tiny.train(tiny.untrained(), PRETRAIN, RATE)
@@ -50,7 +39,7 @@ def main():
     model = tiny.joined(unflatten(weights.astype(np.float32)), kinds)
     print("held out:", tiny.evaluate(model))
     curves, held_out = {}, {}
-    for name, arm in arms(model).items():
+    for name, arm in tiny.arms(model).items():
         arm = single(arm)
         runs = [tiny.train(arm, CONTINUE, SMALL_RATE, seed=seed) for seed in SEEDS]
         curves[name] = [losses for _, losses in runs]

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from autograd import grad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -11,9 +12,12 @@ from numpy.testing import assert_allclose, assert_array_equal
 from reference import dense_attention
 from toolkit.attention import _trans_mla_decode as decoding
 from toolkit.attention import _trans_mla_layers as layers
+from toolkit.attention import _trans_mla_model as tiny
 from toolkit.attention import _trans_mla_strict as strict
 from toolkit.attention import trans_mla
 from toolkit.attention._trans_mla_layers import GQA
+from toolkit.learn.layers import cross_entropy
+from toolkit.learn.stack import count
 from toolkit.runtime import Cluster, hardware, like, per_rank, topology
 from toolkit.runtime.errors import OutOfDeviceMemory, ShapeError
 
@@ -202,6 +206,15 @@ def test_without_rope_one_key_head_loses_nothing_because_queries_absorb_the_diff
     assert error(layers.grouped_attention(absorbed, x), layers.factored_attention(converted, x)) < 1e-10
 
 
+def test_where_heads_share_nothing_a_latent_layer_is_a_multi_head_layer():
+    converted, x = trans_mla.exact(layer(HEADS)), inputs()
+    random = np.random.default_rng(1)
+    converted = converted._replace(up_k=random.standard_normal(converted.up_k.shape))
+    w_k, w_v = converted.down_k @ converted.up_k, converted.down_v @ converted.up_v
+    plain = GQA(converted.w_q, w_k, w_v, converted.w_o, converted.theta)
+    assert_allclose(layers.factored_attention(converted, x), reference(plain, x), rtol=0, atol=1e-9)
+
+
 # ---- RoRoPE ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,6 +252,14 @@ def test_energy_of_unmixed_heads_is_their_share_of_the_squared_keys():
     gqa, x = layer(4), inputs()
     squares = (np.einsum("ti,hid->htd", x, gqa.w_k) ** 2).sum((1, 2))
     assert_allclose(trans_mla.energy(gqa, x, trans_mla.no_mixture(gqa)), squares / squares.sum())
+
+
+@pytest.mark.parametrize("fold", [2, 4])
+def test_folding_planes_of_one_speed_is_exact(fold):
+    gqa, x = layer(4), inputs()
+    gqa = gqa._replace(theta=np.repeat(gqa.theta[::fold], fold))
+    mixed = trans_mla.mixed_heads(gqa, trans_mla.principal_mixture(gqa, x, fold))
+    assert_allclose(layers.grouped_attention(mixed, x), reference(gqa, x), rtol=0, atol=1e-9)
 
 
 def test_folding_is_not_exact():
@@ -538,3 +559,87 @@ def test_key_heads_that_do_not_deal_out_are_refused():
 def test_heads_that_do_not_deal_out_are_refused():
     with pytest.raises(ShapeError, match="8 heads do not deal out to 3 ranks"):
         decoding.shares(layer(2), 3)
+
+
+# ---- the small model -------------------------------------------------------------------------------------------------
+
+LATENT_LAYERS = {
+    "grouped": lambda gqa: gqa,
+    "factored": trans_mla.exact,
+    "latent": lambda gqa: trans_mla.convert(gqa, inputs(), 4, 12, fold=2),
+}
+
+
+@pytest.mark.parametrize("convert", LATENT_LAYERS.values(), ids=LATENT_LAYERS)
+def test_gradients_of_a_layer_are_those_of_finite_differences(convert):
+    weights, x = convert(layer(2)), inputs(6)
+    probe = np.random.default_rng(0).standard_normal(x.shape)
+    names = [name for name in weights._fields if name != "theta"]
+
+    def loss(arrays):
+        return (tiny.COMPUTE[type(weights)](weights._replace(**dict(zip(names, arrays, strict=True))), x) * probe).sum()
+
+    arrays = [getattr(weights, name) for name in names]
+    gradients = grad(loss)(arrays)
+    step = [np.random.default_rng(1).standard_normal(a.shape) for a in arrays]
+    ahead, behind = (loss([a + h * s for a, s in zip(arrays, step, strict=True)]) for h in (1e-5, -1e-5))
+    assert sum((g * s).sum() for g, s in zip(gradients, step, strict=True)) == pytest.approx((ahead - behind) / 2e-5)
+
+
+def log_likelihood(tokens):
+    """Of each next token given the six before it, by the definition of the language."""
+    found = []
+    for row in tokens:
+        for t in range(tiny.REACH, len(row)):
+            scores = sum(tiny.grammar()[back - 1, row[t - back]] for back in range(1, tiny.REACH + 1))
+            found.append(scores[row[t]] - np.log(np.exp(scores).sum()))
+    return np.array(found)
+
+
+def test_sentences_have_the_entropy_they_say():
+    tokens, entropy = tiny.sentences(np.random.default_rng(0), 300)
+    surprise = -log_likelihood(tokens)
+    assert surprise.mean() == pytest.approx(entropy, abs=4 * surprise.std() / np.sqrt(surprise.size))
+
+
+def test_the_shipped_model_has_learned_the_language_but_knows_no_more_than_there_is():
+    _, entropy = tiny.sentences(np.random.default_rng(999), 128)
+    assert entropy < tiny.evaluate(tiny.pretrained()) < 0.7 * np.log(tiny.VOCABULARY)
+
+
+def test_the_shipped_file_was_made_from_these_weights():
+    assert tiny.evaluate(tiny.pretrained()) == pytest.approx(tiny.stored()["held_out"][0, -1], abs=1e-4)
+
+
+def test_all_arms_start_from_the_same_function_as_their_stored_curves_do():
+    draw = tiny.language(16)(np.random.default_rng(tiny.stored()["seeds"][0]))
+    for name, arm in tiny.arms(tiny.pretrained()).items():
+        place = list(tiny.stored()["arms"]).index(name)
+        first = cross_entropy(tiny.predict(arm, draw[0]), *draw[1:])
+        assert first == pytest.approx(tiny.stored()["curves"][place, 0, 0], abs=1e-3)
+
+
+def test_the_control_has_as_many_more_parameters_as_the_latent_arm():
+    sizes = {name: count(tiny.split(arm)[0]) for name, arm in tiny.arms(tiny.pretrained()).items()}
+    more = sizes["MLA"] - sizes["GQA"]
+    assert more == tiny.LAYERS * 2 * tiny.HEADS * tiny.HEAD_DIM * tiny.KV_HEADS * tiny.HEAD_DIM
+    assert more <= sizes["GQA, wider MLP"] - sizes["GQA"] < 1.05 * more
+
+
+def test_a_trained_model_converts_exactly_layer_by_layer():
+    model = tiny.pretrained()
+    converted = tiny.with_layers(model, [trans_mla.exact(gqa) for gqa in tiny.mixers(model)])
+    assert tiny.evaluate(converted) == pytest.approx(tiny.evaluate(model), abs=1e-12)
+
+
+def test_balanced_compression_does_not_see_how_a_model_splits_scores_between_queries_and_keys():
+    model = tiny.pretrained()
+    louder = tiny.with_layers(model, [g._replace(w_q=g.w_q / 10, w_k=g.w_k * 10) for g in tiny.mixers(model)])
+    losses = [tiny.evaluate(tiny.compressed(tiny.without_most_rope(m, 8), 8)) for m in (model, louder)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-9)
+
+
+def test_training_lowers_the_loss_of_a_converted_model():
+    converted = tiny.compressed(tiny.without_most_rope(tiny.pretrained(), 4, 2), 14)
+    trained, _ = tiny.train(converted, steps=20, rate=3e-3)
+    assert tiny.evaluate(trained) < tiny.evaluate(converted) - 0.1

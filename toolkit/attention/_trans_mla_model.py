@@ -184,3 +184,13 @@ def wider(model, extra, seed=0):
         return [np.concatenate([gate, new[0]], 1), np.concatenate([up, new[1]], 1), rows]
 
     return {**model, "layers": [{**layer, "mlp": widened(*layer["mlp"])} for layer in model["layers"]]}
+
+
+def arms(model):
+    """What continues: the layer as it is, the same with as many more parameters in the MLP, and the latent form."""
+    extra = 2 * HEADS * HEAD_DIM * KV_HEADS * HEAD_DIM  # of up_k and up_v
+    return {
+        "GQA": model,
+        "GQA, wider MLP": wider(model, -(-extra // (3 * HIDDEN))),
+        "MLA": with_layers(model, [trans_mla.exact(layer) for layer in mixers(model)]),
+    }

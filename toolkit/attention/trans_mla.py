@@ -2,7 +2,8 @@
 
 Exact part. Key heads that g query heads share are one low-rank matrix: replicate the weights instead of the
 activations, factor them, cache the factor's input. Same cache, same function, and up-projections that may now differ
-from head to head.
+from head to head. No grouped layer of the same cache computes what they can, with two exceptions (ours, not the
+paper's): a key head for every query head, and one key head without RoPE, where queries and outputs absorb everything.
 
 Practical part. RoPE turns plane l of every key head by the same angle, so an orthogonal mixture of the heads, one
 for each plane, commutes with it (RoRoPE). Principal components gather the energy in one virtual head. Only that one
