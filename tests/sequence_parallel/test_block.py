@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from toolkit.runtime import Cluster, hardware, like, positions, shard, topology
+from toolkit.runtime import Cluster, hardware, like, per_rank, positions, shard, topology
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _megatron_sp as megatron
+from toolkit.sequence_parallel import _two_level as two_level
 from toolkit.sequence_parallel import ring_attention, token_ring, ulysses
 
 torch = pytest.importorskip("torch")
@@ -201,6 +202,35 @@ def test_megatron_keeps_a_rank_s_part_of_the_weights_only():
 def test_more_ranks_than_key_heads_are_refused():
     with pytest.raises(ShapeError, match="4 key heads do not divide among 8 ranks"):
         megatron.shard_weights(model()[0]["layers"][0], 0, 8, HEAD_DIM)
+
+
+# ---- collectives on nodes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nodes, per_node", [(1, 4), (2, 3), (4, 2), (3, 1)])
+def test_two_levels_gather_and_scatter_what_one_level_does_with_as_many_bytes(nodes, per_node):
+    ranks = nodes * per_node
+    machine = Cluster(topology.two_level(nodes, per_node, hardware.NVLINK4, hardware.IB_NDR))
+    x = np.random.default_rng(0).standard_normal((ranks, ranks * 4, 3))
+    gathered = machine.run(two_level.all_gather, shard(x[0]))
+    scattered = machine.run(two_level.reduce_scatter, per_rank(x))
+    for out in gathered.outputs:
+        assert_allclose(out, x[0], rtol=0, atol=0)
+    assert_allclose(scattered.gather(), x.sum(axis=0), rtol=0, atol=1e-12)
+    part = x[0].nbytes // ranks
+    assert (
+        set(gathered.traffic.by_pair.sum(axis=1)) == set(scattered.traffic.by_pair.sum(axis=1)) == {(ranks - 1) * part}
+    )
+
+
+def test_what_enters_a_node_is_spread_over_all_its_nics():
+    fast, slow = hardware.Link(1e12), hardware.Link(1e9)
+    machine = Cluster(topology.two_level(4, 8, fast, slow, inside="switch"), hardware.IDEAL)
+    x = shard(like((32 * 1000, 100), "float16"))
+    one_ring, two_levels = machine.run(lambda comm, x: comm.all_gather(x), x), machine.run(two_level.all_gather, x)
+    part = 1000 * 100 * 2
+    assert two_levels.makespan == pytest.approx(3 * part / 1e9, rel=0.05)
+    assert one_ring.makespan == pytest.approx(31 * part / 1e9, rel=0.05)
 
 
 # ---- shape-only, dtypes ----------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from toolkit.runtime.arrays import is_shape_only, like
 from toolkit.runtime.errors import ShapeError
 
 from ._block import project, project_backward
+from ._two_level import all_gather, reduce_scatter
 
 COLUMNS, ROWS, NORMS = ("q", "k", "v", "up"), ("o", "down"), ("norm_1", "norm_2")
 
@@ -80,39 +81,39 @@ def block_backward(comm, weights, saved, grad, attention, head_dim):
 def attend(comm, weights, x, where, attention, head_dim):
     """x + o(attention(q, k, v of norm(x))): gather tokens, attend with some heads, scatter sums. Returns (y, saved)."""
     normed = rms_norm(x, weights["norm_1"])
-    everything = comm.all_gather(normed)
+    everything = all_gather(comm, normed)
     out, kept = attention.forward(comm, *(make() for make in project(weights, everything, where, head_dim)))
     merged = merge_heads(out)
-    mine = comm.reduce_scatter(linear(merged, weights["o"]))
+    mine = reduce_scatter(comm, linear(merged, weights["o"]))
     return add(x, mine), (x, where, normed, merged, kept)
 
 
 def attend_backward(comm, weights, saved, grad, attention, head_dim):
     """Gradients (dx, grads) of `attend`: an all-gather for each reduce-scatter, and the reverse."""
     x, where, normed, merged, kept = saved
-    d_everything = comm.all_gather(grad)
-    again = comm.iall_gather(normed)
+    d_everything = all_gather(comm, grad)
+    again = comm.spawn(all_gather, comm, normed)
     d_merged, d_o = linear_backward(merged, weights["o"], d_everything)
     d_heads = attention.backward(comm, kept, split_heads(d_merged, head_dim))
     d_everything, grads = project_backward(weights, again.wait(), where, d_heads)
-    dx, d_norm = rms_norm_backward(x, weights["norm_1"], comm.reduce_scatter(d_everything))
+    dx, d_norm = rms_norm_backward(x, weights["norm_1"], reduce_scatter(comm, d_everything))
     return add(dx, grad), grads | {"o": d_o, "norm_1": d_norm}
 
 
 def mlp(comm, weights, x):
     """x + down(gelu(up(norm(x)))): gather tokens, some channels, scatter sums. Returns (y, saved)."""
     normed = rms_norm(x, weights["norm_2"])
-    raised = linear(comm.all_gather(normed), weights["up"])
-    mine = comm.reduce_scatter(linear(gelu(raised), weights["down"]))
+    raised = linear(all_gather(comm, normed), weights["up"])
+    mine = reduce_scatter(comm, linear(gelu(raised), weights["down"]))
     return add(x, mine), (x, normed, raised)
 
 
 def mlp_backward(comm, weights, saved, grad):
     """Gradients (dx, grads) of `mlp`."""
     x, normed, raised = saved
-    d_everything = comm.all_gather(grad)
-    again = comm.iall_gather(normed)
+    d_everything = all_gather(comm, grad)
+    again = comm.spawn(all_gather, comm, normed)
     d_active, d_down = linear_backward(gelu(raised), weights["down"], d_everything)
     d_everything, d_up = linear_backward(again.wait(), weights["up"], gelu_backward(raised, d_active))
-    dx, d_norm = rms_norm_backward(x, weights["norm_2"], comm.reduce_scatter(d_everything))
+    dx, d_norm = rms_norm_backward(x, weights["norm_2"], reduce_scatter(comm, d_everything))
     return add(dx, grad), {"norm_2": d_norm, "up": d_up, "down": d_down}
