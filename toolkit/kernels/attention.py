@@ -69,7 +69,7 @@ def attention(q, k, v, causal=False, return_lse=False):
     limits   scores beyond 1e29 in size are taken for masked
     """
     _check(q, k, v)
-    heads, n, d = q.shape
+    heads, n, _ = q.shape
     tiles, dtype = _tiles(), _accumulation(q.dtype)
     out, lse = np.empty(q.shape, dtype), np.empty((heads, n), dtype)
     threads = threads_for(_products(q, k, causal, 2))
@@ -78,7 +78,7 @@ def attention(q, k, v, causal=False, return_lse=False):
     units = np.array([(h, row) for row in range(0, n, block)[::-1] for h in range(heads)], np.int64)
     inputs = [_rows(a, dtype) for a in (q, k, v)]
     share(threads, len(units), tiles.compiled(tiles.forward, dtype),
-          units.reshape(-1, 2), block, *inputs, bool(causal), tiles.width(d), out, lse)
+          units.reshape(-1, 2), block, *inputs, bool(causal), out, lse)
     out = out.astype(q.dtype, copy=False)
     return (out, lse) if return_lse else out
 
@@ -118,7 +118,7 @@ def attention_backward(q, k, v, out, lse, grad_out, causal=False, delta=None):
     dk, dv = np.zeros(k.shape, dtype), np.zeros(v.shape, dtype)
     inputs = [_rows(a, dtype) for a in (q, k, v, grad_out)]
     share(threads, k.shape[0] * parts, tiles.compiled(tiles.backward, dtype), parts, *inputs, level,
-          delta.astype(dtype, copy=False), bool(causal), tiles.width(q.shape[2]), dq, dk, dv)
+          delta.astype(dtype, copy=False), bool(causal), dq, dk, dv)
     return (dq[0] if parts == 1 else dq.sum(axis=0)), dk, dv
 
 
