@@ -6,13 +6,19 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from autograd import grad
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from numpy.testing import assert_allclose, assert_array_equal
 
 from toolkit.attention import _just_read_twice_memory as memory
+from toolkit.attention import _just_read_twice_model as small
 from toolkit.attention import based
 from toolkit.attention import just_read_twice as jrt
+from toolkit.claims.attention import just_read_twice as claims
+from toolkit.learn.optimise import flat
+from toolkit.learn.two_lists import overlapping_lists
+from toolkit.runtime import like
 from toolkit.runtime.errors import ShapeError
 
 UNIVERSE = 2048
@@ -432,3 +438,188 @@ def test_a_long_prompt_loses_its_beginning_when_asked():
 def test_an_encoder_longer_than_the_sequence_is_refused():
     with pytest.raises(ShapeError, match="encoder of 15 tokens on a sequence of 10"):
         jrt.prefix_linear_attention(*arrays(tokens=10)[:5])
+
+
+# ---- a Taylor state in place of the list -----------------------------------------------------------------------------
+
+
+def random_keys(count, feature=16):
+    keys = np.random.default_rng(count).standard_normal((count, feature))
+    return 10 * keys / np.linalg.norm(keys, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("readings", [1, 2])
+def test_the_state_finds_the_shared_item_by_its_weight_in_the_sum(readings):
+    """Judge: the weights 1 + z + z²/2 summed over the stored keys, written out."""
+    first, second = list(range(30)), list(range(29, 40))
+    keys = random_keys(40)
+    stored, asked = (first, second) if readings == 1 else (second, first)  # 30 items are more than the room of 16
+    z = keys[asked] @ keys[stored].T / 4
+    best = asked[int((1 + z + z**2 / 2).sum(axis=1).argmax())]
+    assert jrt.shared_item(first, second, keys, readings) == best
+
+
+def test_two_readings_rescue_a_state_that_one_reading_fills():
+    assert claims.found(256, 4, 1) < 0.7 < 0.9 < claims.found(256, 4, 2)
+
+
+# ---- the task, the loss, the models ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first, second", [(1, 1), (4, 32), (32, 4), (10, 3)])
+def test_two_lists_share_the_answer_and_nothing_else(first, second):
+    tokens = overlapping_lists(np.random.default_rng(0), 50, first, second, 68)
+    assert tokens.shape == (50, first + second + 4)
+    assert (tokens[:, [0, first + 1, -2]] == [1, 2, 3]).all()
+    for row in tokens:
+        one, other = set(row[1 : first + 1]), set(row[first + 2 : -2])
+        assert one & other == {row[-1]}
+        assert (len(one), len(other)) == (first, second)
+
+
+def test_a_list_longer_than_half_of_the_items_is_refused():
+    with pytest.raises(ShapeError, match="lists of 33 and 4 items: each needs 1 to 32"):
+        overlapping_lists(np.random.default_rng(0), 2, 33, 4, 68)
+
+
+@pytest.mark.parametrize("readings", [1, 2, 3])
+def test_the_prompt_is_repeated_with_its_question_and_answered_once(readings):
+    model = small.Model("linear", readings=readings)
+    tokens, prefix = small.read_lists(np.random.default_rng(0), model, 4, 5, 3)
+    assert tokens.shape == (4, 11 * readings + 1)
+    assert prefix == 11 * readings - 1  # the last question is the first token after the prompt
+    assert_array_equal(tokens[:, :11], tokens[:, 11 * (readings - 1) : -1])
+
+
+KINDS = pytest.mark.parametrize("kind", ["linear", "prefix linear", "softmax", "prefix softmax"])
+TASK_PREFIX = 9
+
+
+def task(kind):
+    """(params in float64, model, random tokens (2, 14)): a prompt of nine, then five."""
+    random, model = np.random.default_rng(3), small.Model(kind)
+    return small.fresh(random, model, "float64"), model, random.integers(4, 68, (2, 14))
+
+
+@KINDS
+@pytest.mark.parametrize("place", [9, 11])
+def test_no_later_token_reaches_the_loss_of_an_answer(kind, place):
+    """Gradient with respect to what stands at each place, from the next-token loss up to `place`: 0 beyond, exactly."""
+    params, model, tokens = task(kind)
+
+    def up_to(vectors):
+        places = np.arange(28).reshape(2, 14)  # every place has a row of its own in the table
+        scores = small.predict(params | {"embedding": vectors}, model, places[:, :-1], TASK_PREFIX)
+        return small.loss(scores[:, : place + 1], tokens[:, : place + 2], TASK_PREFIX)
+
+    gradient = grad(up_to)(params["embedding"][tokens].reshape(28, -1)).reshape(2, 14, -1)
+    assert (gradient[:, place + 1 :] == 0).all()
+    assert (np.abs(gradient[:, : place + 1]).max(axis=(0, 2)) > 0).all()
+
+
+@pytest.mark.parametrize(
+    "kind, sees", [("linear", False), ("softmax", False), ("prefix linear", True), ("prefix softmax", True)]
+)
+def test_only_prefix_models_look_ahead_inside_the_prompt(kind, sees):
+    params, model, tokens = task(kind)
+    moved = tokens.copy()
+    moved[:, 7] = 4 + (tokens[:, 7] - 3) % 64
+    difference = np.abs(small.predict(params, model, moved, 9) - small.predict(params, model, tokens, 9)).max(
+        axis=(0, 2)
+    )
+    assert (difference[:7] > 0).all() if sees else (difference[:7] == 0).all()
+
+
+def in_torch_loss(scores, tokens, prefix, hidden, weight):
+    scores, tokens = torch.tensor(scores), torch.tensor(tokens)
+    next_token = torch.nn.functional.cross_entropy(scores[:, prefix:].flatten(0, 1), tokens[:, prefix + 1 :].flatten())
+    chosen = torch.tensor(hidden)
+    return next_token + weight * torch.nn.functional.cross_entropy(scores[chosen], tokens[:, :-1][chosen])
+
+
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_the_loss_is_torchs_next_token_loss_and_a_quarter_of_the_masked_one(weight):
+    random = np.random.default_rng(4)
+    tokens, scores = random.integers(4, 68, (6, 14)), random.standard_normal((6, 13, 68))
+    _, hidden = small.hide(random, tokens[:, :-1], TASK_PREFIX, 0.3)
+    ours = small.loss(scores, tokens, TASK_PREFIX, hidden, weight)
+    assert ours == pytest.approx(in_torch_loss(scores, tokens, TASK_PREFIX, hidden, weight).item(), rel=1e-12)
+
+
+def test_tokens_of_the_prompt_get_no_next_token_loss():
+    random = np.random.default_rng(5)
+    tokens, scores = random.integers(4, 68, (2, 14)), random.standard_normal((2, 13, 68))
+    gradient = grad(lambda s: small.loss(s, tokens, TASK_PREFIX))(scores)
+    assert (gradient[:, :TASK_PREFIX] == 0).all()
+    assert (gradient[:, TASK_PREFIX:] != 0).all()
+
+
+def test_a_share_of_the_prompt_is_hidden_and_nothing_else():
+    tokens = np.full((400, 40), 5)
+    shown, hidden = small.hide(np.random.default_rng(0), tokens, 30)
+    assert_array_equal(shown == 0, hidden)
+    assert not hidden[:, 30:].any()
+    assert hidden[:, :30].mean() == pytest.approx(0.15, abs=0.01)
+
+
+def test_a_hidden_token_after_the_prompt_is_refused():
+    hidden = np.zeros((2, 13), bool)
+    hidden[1, 10] = True
+    with pytest.raises(ShapeError, match="1 tokens after the prompt of 9 are hidden"):
+        small.loss(np.zeros((2, 13, 68)), np.zeros((2, 14), int), 9, hidden)
+
+
+def test_a_prompt_that_leaves_nothing_to_predict_is_refused():
+    with pytest.raises(ShapeError, match="prompt of 13 tokens leaves nothing"):
+        small.loss(np.zeros((2, 13, 68)), np.zeros((2, 14), int), 13)
+
+
+@pytest.mark.parametrize("name", ["once", "once, twice the state", "twice", "prefix", "softmax", "prefix softmax"])
+def test_a_shipped_model_does_far_better_than_guessing(name):
+    model, params = small.trained(name)
+    assert small.accuracy(params, model, 4, 8, batch=128) > 0.8  # a guess among the first list: 1/4
+
+
+def test_the_prefix_model_holds_as_much_as_the_causal_one_and_softmax_grows():
+    once, prefix, softmax = (small.trained(name)[0] for name in ("once", "prefix", "softmax"))
+    assert once.state_floats(10) == once.state_floats(1000) == prefix.state_floats(1000) == 2 * 2 * 21 * 17
+    assert softmax.state_floats(1000) == 100 * softmax.state_floats(10)
+
+
+def test_an_unknown_model_is_refused_with_the_names():
+    with pytest.raises(ValueError, match="no trained model 'thrice'; there are once, "):
+        small.trained("thrice")
+
+
+def test_models_come_back_as_they_were_saved(tmp_path, monkeypatch):
+    model = small.Model("prefix linear", 3)
+    params = small.fresh(np.random.default_rng(0), model)
+    small.save(tmp_path / "some.npz", {"x": (model, params)})
+    monkeypatch.setattr(small, "SHIPPED", tmp_path / "some.npz")
+    again, loaded = small.trained.__wrapped__("x")
+    assert again == model
+    assert_allclose(flat(loaded), flat(params), rtol=1e-3, atol=1e-6)
+
+
+# ---- by shape --------------------------------------------------------------------------------------------------------
+
+
+def test_prefill_without_data_costs_what_its_sums_cost():
+    """Encoder: every prompt token adds D̃ (d + 1) products to the state, two flops each."""
+    cost = jrt.encode.cost(np.ones((2, 10, 4)), np.ones((2, 10, 6)))
+    assert cost.flops == 2 * 2 * 10 * 21 * 7
+    assert cost.bytes == 8 * 2 * (10 * 4 + 10 * 6 + 21 * 7)
+
+
+def test_shape_only_prefill_has_the_shapes_of_the_real_one():
+    inputs = [a[:, :PREFIX] for a in arrays()[:5]]
+    real, empty = jrt.prefill(*inputs), jrt.prefill(*(like(a) for a in inputs))
+    assert [a.shape for a in real] == [a.shape for a in empty]
+
+
+def test_twice_the_prompt_takes_a_state_twice_and_softmax_four_times():
+    state = claims.prefill_seconds(claims.read_with_state, 65_536) / claims.prefill_seconds(
+        claims.read_with_state, 32_768
+    )
+    assert state == pytest.approx(2, rel=0.01)
+    assert claims.attention_seconds(65_536) / claims.attention_seconds(32_768) == pytest.approx(4, rel=0.01)

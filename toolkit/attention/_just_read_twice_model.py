@@ -14,15 +14,15 @@ import autograd.numpy as np
 import numpy
 
 from toolkit.learn import layers
-from toolkit.learn.disjointness import MASK, overlapping_lists
 from toolkit.learn.optimise import flat, shaped
 from toolkit.learn.stack import language_model, logits
+from toolkit.learn.two_lists import MASK, overlapping_lists
 from toolkit.runtime.errors import ShapeError
 
 from . import just_read_twice as jrt
 from .based import attention_to_train
 
-HEADS, CHANNELS, LAYERS, HIDDEN, VOCABULARY = 2, 32, 2, 32, 100
+HEADS, CHANNELS, LAYERS, HIDDEN, VOCABULARY = 2, 32, 2, 32, 68
 SHIPPED = Path(__file__).with_name("just_read_twice.npz")
 
 

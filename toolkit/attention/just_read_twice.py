@@ -23,9 +23,27 @@ from toolkit.runtime.errors import ShapeError
 from toolkit.runtime.kernel import Cost, kernel
 
 from ._just_read_twice_memory import BoundedMemory, StateFull, bits_for, index_game
-from .based import absorb, chunked, empty_state, linear_attention, linear_attention_backward, recurrent
+from .based import absorb, chunked, empty_state, linear_attention, linear_attention_backward, taylor_features
 
-__all__ = ["BoundedMemory", "StateFull", "index_game", "recurrent"]  # what chapters find here besides this file's own
+__all__ = [
+    "SEPARATOR",
+    "BoundedMemory",
+    "StateFull",
+    "bits_of_one_reading",
+    "bits_of_two_readings",
+    "encode",
+    "index_game",
+    "left_pad",
+    "one_reading",
+    "prefill",
+    "prefix_linear_attention",
+    "prefix_linear_attention_backward",
+    "repeat",
+    "seen",
+    "shared_item",
+    "stream_of",
+    "two_readings",
+]
 SEPARATOR = -1  # ends a set in a stream
 
 # ---- 1. two sets in a stream: is there an item in both? --------------------------------------------------------------
@@ -89,6 +107,21 @@ def bits_of_one_reading(a, b, universe):
 def bits_of_two_readings(a, b, universe):
     """What `two_readings` needs: min(|A|, |B|) ⌈log₂ n⌉ and its counters."""
     return min(a, b) * bits_for(universe) + bits_for(universe + 1) + COUNTERS_TWICE
+
+
+def shared_item(first, second, keys, readings=1, room=16):
+    """The same two readers with BASED's state in place of the list: it never raises, it gets it wrong instead.
+
+    first, second   lists of items; one is in both
+    keys            (universe, d'): an item is stored as φ of its key, and looked up by its product with the state
+    readings        1: store the first set. 2: drop it if it has more than `room` items, and store the second
+    returns         the item of the other set with the largest weight
+    """
+    stored, looked_up = (first, second) if _times(readings) == 1 or len(first) <= room else (second, first)
+    held = keys[None, stored]
+    state = absorb(empty_state(held, held), held, held)
+    weights = (taylor_features(keys[looked_up]) @ state[0])[:, -1]  # the last column sums the features alone
+    return looked_up[int(np.argmax(weights))]
 
 
 def stream_of(*sets, readings=1):
