@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from toolkit.attention.flash_fft_conv import FAST
+from toolkit.kernels.threads import share
 from toolkit.runtime import hardware
 from toolkit.runtime.errors import ShapeError
 
@@ -46,26 +47,25 @@ H100 = Machine(
 
 def this_cpu(repetitions=5):
     """Measure one core's four rates, in float32: a matrix product, a sum, copies in and out of the cache. 0.2 s."""
-    from toolkit.kernels.threads import _one_blas_thread
-
     square, block, long = np.ones((512, 512), np.float32), np.ones(16_384, np.float32), np.ones(2**23, np.float32)
     result, near, far = np.empty_like(square), np.empty_like(block), np.empty_like(long)
-    with _one_blas_thread():
-        product = _best(lambda: np.dot(square, square, out=result), repetitions)
-    add = _best(lambda: [np.add(block, block, out=near) for _ in range(50)], repetitions)
-    cached = _best(lambda: [np.copyto(near, block) for _ in range(50)], repetitions)
-    copy = _best(lambda: np.copyto(far, long), repetitions)
-    return Machine("one core of this CPU", 2 * 512**3 / product, 50 * block.size / add, 2 * long.nbytes / copy,
-                   2 * 50 * block.nbytes / cached, 1)  # fmt: skip
+    work = (
+        lambda: np.dot(square, square, out=result),
+        lambda: [np.add(block, block, out=near) for _ in range(50)],
+        lambda: np.copyto(far, long),
+        lambda: [np.copyto(near, block) for _ in range(50)],
+    )
+    times = np.empty((repetitions + 1, len(work)))
 
+    def measure(*_):
+        for turn, i in np.ndindex(times.shape):
+            start = perf_counter()
+            work[i]()
+            times[turn, i] = perf_counter() - start
 
-def _best(function, repetitions):
-    times = []
-    for _ in range(repetitions + 1):
-        start = perf_counter()
-        function()
-        times.append(perf_counter() - start)
-    return min(times[1:])
+    share(1, 1, measure)  # one thread, and one for BLAS
+    done = 2 * 512**3, 50 * block.size, 2 * long.nbytes, 2 * 50 * block.nbytes
+    return Machine("one core of this CPU", *(done / times[1:].min(axis=0)).tolist(), smallest=1)
 
 
 def stage_seconds(factors, machine=A100):
