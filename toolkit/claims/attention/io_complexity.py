@@ -95,13 +95,13 @@ def small_cache_over_bound():
     says="The regimes meet at M = Θ(d²)",
     value=2.0,
     unit="(exponent of d)",
-    where="abstract; ours: N = 1024, d from 64 to 512",
+    where="abstract; ours: N = 1024, d from 64 to 256",
     tolerance=0.1,
     why="the smaller d, the more the words of one key (2d) and of the scores (2N²) weigh",
     paper="io_complexity",
 )
 def crossover_exponent():
-    dims = [64, 128, 256, 512]
+    dims = [64, 128, 256]
     return slope(dims, [io.crossover(1024, d) for d in dims])
 
 
