@@ -33,9 +33,8 @@ class Mixer(NamedTuple):
 
 
 def state_bytes(state):
-    """Bytes of the arrays in a state: nested tuples of arrays; counters count as nothing."""
-    parts = [part for part in state if not isinstance(part, int)] if isinstance(state, tuple) else state
-    return sum(array.nbytes for array in leaves(parts))
+    """Bytes of the arrays in a state: an array or a nested tuple of arrays; a counter counts as nothing."""
+    return sum(array.nbytes for array in leaves(state))
 
 
 def _projections(random, channels, width, dtype):
