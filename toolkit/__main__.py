@@ -70,7 +70,8 @@ def _add_run(commands):
     run.add_argument("system", help="for example token_ring, or ring_attention:bidirectional_attention")
     run.add_argument("--compare", nargs="+", default=[], metavar="SYSTEM", help="other systems on the same machine")
     run.add_argument("--devices", type=_count, help="ranks; 4 if not given, and with --backend mpi what mpiexec starts")
-    run.add_argument("--backend", choices=["virtual", "mpi"], default="virtual", help="mpi: real processes of mpiexec")
+    run.add_argument("--backend", choices=["virtual", "mpi", "nccl"], default="virtual",
+                     help="mpi: real processes of mpiexec; nccl: GPUs of torchrun")
     run.add_argument("--debug", action="store_true", help="with mpi: check that all ranks agree on each collective")
     run.add_argument("--tokens", type=_count, default=4096, help="of all ranks together")
     run.add_argument("--heads", type=_count, default=8)
@@ -130,7 +131,7 @@ def run_system(options):
     from toolkit.show import text
 
     programs = {name: _program(name) for name in [options.system, *options.compare]}
-    cluster, arrays = (_processes if options.backend == "mpi" else _cluster)(options), _arrays(options)
+    cluster, arrays = (_cluster if options.backend == "virtual" else _processes)(options), _arrays(options)
     shards = [shard(a, axis=1, layout=options.layout) for a in arrays]
     for _ in range(1 if options.backend == "virtual" else 2):  # real kernels compile in a first run
         runs = {n: cluster.run(p, *shards, causal=options.causal, layout=options.layout) for n, p in programs.items()}
@@ -166,13 +167,19 @@ def _cluster(options):
 
 
 def _processes(options):
-    from toolkit.runtime import mpi
-
+    """The ranks that mpiexec or torchrun started."""
     if options.shape_only:
-        raise ValueError("--shape-only runs on the virtual machine; --backend mpi needs data")
-    cluster = mpi.Cluster(debug=options.debug)
+        raise ValueError(f"--shape-only runs on the virtual machine; --backend {options.backend} needs data")
+    if options.backend == "mpi":
+        from toolkit.runtime import mpi
+
+        cluster = mpi.Cluster(debug=options.debug)
+    else:
+        from toolkit.runtime import gpu
+
+        cluster = gpu.Cluster()
     if options.devices not in (None, cluster.size):
-        raise ValueError(f"--devices {options.devices}, but mpiexec started {cluster.size} processes")
+        raise ValueError(f"--devices {options.devices}, but {cluster.size} processes were started")
     return cluster
 
 

@@ -74,7 +74,7 @@ def ring_all_reduce(comm, x, op):
 
 def _cut(flat, parts):
     """Views of nearly equal length: nothing is padded."""
-    cuts = [flat.size * i // parts for i in range(parts + 1)]
+    cuts = [flat.shape[0] * i // parts for i in range(parts + 1)]
     return [flat[a:b] for a, b in pairwise(cuts)]
 
 

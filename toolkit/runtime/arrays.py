@@ -76,7 +76,7 @@ def leaves(value):
 
 def map_arrays(function, value, *others):
     """Apply `function` to each array of a nested tuple (and to those in the same place of `others`)."""
-    if isinstance(value, np.ndarray):
+    if not isinstance(value, (tuple, list)):
         return function(value, *others)
     return tuple(map_arrays(function, *parts) for parts in zip(value, *others, strict=True))
 

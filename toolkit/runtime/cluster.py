@@ -81,20 +81,21 @@ def _without_collector():
             gc.enable()
 
 
-def _own(value, rank, size):
+def own(value, rank, size):
+    """What one rank gets of an argument."""
     if isinstance(value, (Shard, PerRank)):
         return value.of(rank, size)
     if isinstance(value, np.ndarray):
         return copy_of(value)
     if isinstance(value, tuple):
-        return tuple(_own(part, rank, size) for part in value)
+        return tuple(own(part, rank, size) for part in value)
     return value
 
 
 def start(call, program, comm, args, options, outputs):
     """Give one rank its own arguments, and let its program begin."""
-    mine = [_own(value, comm.rank, comm.size) for value in reversed(args)]
-    named = {name: _own(value, comm.rank, comm.size) for name, value in options.items()}
+    mine = [own(value, comm.rank, comm.size) for value in reversed(args)]
+    named = {name: own(value, comm.rank, comm.size) for name, value in options.items()}
     comm._processor.memory.track((mine, list(named.values())), "argument")
     comm._processor.main = comm._processor.spawn(partial(_run, call, program, comm, mine, named, outputs))
 

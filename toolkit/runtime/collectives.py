@@ -4,8 +4,6 @@ The algorithms are in `algorithms`; `algorithm=None` takes the machine's default
 each collective (what its backward pass must do to gradients) is in `ADJOINT`.
 """
 
-import numpy as np
-
 from .agreement import Entry
 from .algorithms import OPERATORS, concatenate
 from .errors import DtypeError, ShapeError
@@ -84,7 +82,7 @@ class Collectives:
         """Part j of `x` goes to rank j. p arrays in, p arrays out; or one array, cut and joined along axis 0."""
         parts = _parts("all_to_all", x, self.size)
         received = self._collective("all_to_all", algorithm, parts)
-        return concatenate(tuple(received)) if isinstance(x, np.ndarray) else tuple(received)
+        return tuple(received) if isinstance(x, (tuple, list)) else concatenate(tuple(received))
 
     def barrier(self, *, algorithm=None):
         """Return when every rank has entered."""
@@ -135,7 +133,7 @@ for _name in (*ADJOINT, "barrier"):
 
 
 def _array(name, x):
-    if not isinstance(x, np.ndarray):
+    if not hasattr(x, "dtype"):  # arrays of numpy, tensors of torch
         raise DtypeError(f"{name} takes an array, not {type(x).__name__}: wrap it with np.array(…)")
     return x
 
@@ -151,7 +149,7 @@ def _form(x, free_axis=None):
 
 
 def _at_least_1d(name, x):
-    return _array(name, x).reshape(1) if np.ndim(x) == 0 else _array(name, x)
+    return x.reshape(1) if _array(name, x).ndim == 0 else x
 
 
 def _parts(name, x, size):

@@ -119,8 +119,8 @@ class Communicator(collectives.Collectives):
     def spawn(self, function, *args, name=None, **options):
         """Run `function(*args, **options)` beside this rank's program. Returns a Request for its result."""
         request = SubTask(self._machine, name or getattr(function, "__name__", "task"), call_site())
-        task = self._processor.spawn(lambda: request.complete(function(*args, **options)), request.site)
-        task.lane = getcurrent().lane
+        lane = getcurrent().lane
+        self._processor.spawn(lambda: request.complete(function(*args, **options)), request.site, lane)
         return request
 
     # ---- groups ---------------------------------------------------------------------------------------------------
@@ -198,8 +198,8 @@ class Communicator(collectives.Collectives):
 
 
 def _wire_bytes(payload, wire):
-    if isinstance(payload, np.ndarray):
-        return payload.nbytes if wire is None else payload.size * np.dtype(wire).itemsize
+    if not isinstance(payload, (tuple, list)):
+        return payload.nbytes if wire is None else payload.nbytes // payload.itemsize * np.dtype(wire).itemsize
     if wire is None:
         return sum([_wire_bytes(part, None) for part in payload])
     each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)

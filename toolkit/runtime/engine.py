@@ -50,8 +50,8 @@ class Engine:
         self._heap, self._sequence, self._polling = [], 0, []
         self._hub = getcurrent()
 
-    def spawn(self, function, rank, owner=None):
-        """Start `function()` as a task at the current instant."""
+    def spawn(self, function, rank, owner=None, lane="compute", site=None):
+        """Start `function()` as a task at the current instant. lane, site: as in Task."""
 
         def body():
             try:
@@ -60,6 +60,7 @@ class Engine:
                 self.tasks.remove(task)
 
         task = Task(body, rank, owner)
+        task.lane, task.site = lane, site
         task.parent = self._hub
         self.tasks.append(task)
         self._resume_at(self.now, task.rank, task)

@@ -9,10 +9,9 @@ import numpy as np
 
 from .deadlock import deadlock_report
 from .errors import LinkDown, PeerCrashed
-from .fair_share import LATENT, share_anew
 from .faults import Crash, DeadLink, Jitter, SlowLink, pace
 from .machine import Machine
-from .network import INFINITY, FluidNetwork, whole
+from .network import INFINITY, FluidNetwork, loops, whole
 from .requests import Send, site_text
 from .units import seconds
 
@@ -64,7 +63,7 @@ class FaultyNetwork(FluidNetwork):
         return nominal / prod(f.factor for f in active)
 
     def _change_bandwidths(self):
-        share_anew(self._now, np.array(self._set_bandwidths(), np.int64), *self._columns)
+        loops().share_anew(self._now, np.array(self._set_bandwidths(), np.int64), *self._columns)
 
     def _extend_tables(self):
         super()._extend_tables()
@@ -80,7 +79,7 @@ class FaultyNetwork(FluidNetwork):
     def _draw_latencies(self, slots):
         state, due = self._flows[0], self._flows[5]
         for slot in slots:
-            if state[slot] == LATENT:
+            if state[slot] == loops().LATENT:
                 factor = 1.0
                 for draw in self._draws[whole(self._payload[slot])[0].rank]:
                     factor *= draw()

@@ -11,7 +11,7 @@ would have written in place.
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -48,6 +48,8 @@ def kernel(*, cost: Callable, out: Callable | None = None):
             task = getcurrent()
             if type(task) is not Task or task.in_kernel:
                 return _outside(function, out, args, options)
+            if task.owner.launch is not None:
+                return task.owner.launch(call, args, options)
             declared = cost(*args, **options)
             array = args[0] if args and type(args[0]) is np.ndarray else first_array(args)
             if array is not None and is_shape_only(array):
@@ -63,10 +65,14 @@ def kernel(*, cost: Callable, out: Callable | None = None):
             task.owner.compute(name, declared[0], declared[1], dtype, result, kind)
             return result
 
-        call.cost, call.out = cost, out
+        call.cost, call.out, call.shapes = cost, out, partial(_outside_call, function, out)
         return call
 
     return declare
+
+
+def _outside_call(function, out, *args, **options):
+    return _outside(function, out, args, options)
 
 
 def _outside(function, out, args, options):

@@ -6,10 +6,19 @@ The model is SimGrid's CM02 without TCP correction factors (Casanova et al. 2014
 all latencies are equal: there a flow's share of a link falls with its latency, as TCP's does; here shares are equal.
 """
 
+from functools import cache
+
 import numpy as np
 
-from . import fair_share
-from .fair_share import INFINITY
+INFINITY = float("inf")
+
+
+@cache
+def loops():
+    """The compiled arithmetic. Numba loads when a network first moves something (0.3 s), not with this module."""
+    from . import fair_share
+
+    return fair_share
 
 
 class _Column:
@@ -79,11 +88,11 @@ class FluidNetwork:
             table = np.array(self._starting, np.float64).reshape(-1, 3)
             self._starting = []
             slots, routes = table[:, :2].T.astype(np.int64)
-            self.next_time = fair_share.begin(now, slots, routes, table[:, 2].copy(), *self._columns)
+            self.next_time = loops().begin(now, slots, routes, table[:, 2].copy(), *self._columns)
 
     def advance(self, now):
         """Move to `now`: end the flows that are due, let those whose latency is over in, share anew."""
-        ended, self.next_time = fair_share.advance(now, *self._columns)
+        ended, self.next_time = loops().advance(now, *self._columns)
         slots = ended.tolist()
         payloads = [self._payload[slot] for slot in slots]
         for slot in slots:

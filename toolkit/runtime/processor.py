@@ -9,6 +9,8 @@ from .units import seconds
 class Processor:
     """One rank's device: its compute engine, its memory, its streams, its messages in flight."""
 
+    launch = None  # (kernel, args, options) -> result, on a device that runs kernels in its own way
+
     def __init__(self, machine, rank, device):
         self.machine, self.rank, self.device = machine, rank, device
         self.memory = Memory(rank, device, machine.engine)
@@ -18,7 +20,7 @@ class Processor:
         self.flows = 0  # transfers that enter or leave this device now
         self.queue = []  # tasks that compute at a speed that depends on `flows`: the first runs, the others wait
 
-    def spawn(self, function, site=None):
+    def spawn(self, function, site=None, lane="compute"):
         """Run `function()`, asked for at `site`, as a task of this rank. What it raises ends the run, with its rank."""
 
         def body():
@@ -32,9 +34,7 @@ class Processor:
                 error.add_note(f"raised on rank {self.rank} at {seconds(machine.engine.now)}")
                 raise error
 
-        task = self.machine.engine.spawn(body, self.rank, self)
-        task.site = site
-        return task
+        return self.machine.engine.spawn(body, self.rank, self, lane, site)
 
     def call(self, function, args, options):
         """The arithmetic of a kernel."""

@@ -22,7 +22,7 @@ class Stream:
 
     def __init__(self, processor, name):
         self.processor, self.name = processor, name
-        self._queue, self._worker, self._outer = deque(), None, []
+        self._queue, self._working, self._outer = deque(), False, []
 
     def __enter__(self):
         task = getcurrent()
@@ -36,9 +36,9 @@ class Stream:
     def enqueue(self, operation):
         """Run `operation()` in the stream's own time, after all that was queued before."""
         self._queue.append(operation)
-        if self._worker is None:
-            self._worker = self.processor.spawn(self._work, call_site())
-            self._worker.lane = self.name
+        if not self._working:
+            self._working = True
+            self.processor.spawn(self._work, call_site(), self.name)
 
     def wait(self, timeout=None):
         """Block the program until everything queued so far is done."""
@@ -53,4 +53,4 @@ class Stream:
     def _work(self):
         while self._queue:
             self._queue.popleft()()
-        self._worker = None
+        self._working = False

@@ -31,6 +31,14 @@ class WallEngine(Engine):
     def now(self, _):
         """The wall's clock is not set."""
 
+    def spawn(self, function, rank, owner=None, lane="compute", site=None):
+        """Start `function()` at once, until it first waits: what it sends is then on its way."""
+        task = super().spawn(function, rank, owner, lane, site)
+        if type(current := getcurrent()) is Task:
+            self._resume_at(self.now, current.rank, current)
+            self._hub.switch()
+        return task
+
     def poll(self, waiting_for):
         """Let the wire and all other tasks go on, once."""
         task = getcurrent()

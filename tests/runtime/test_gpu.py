@@ -1,0 +1,63 @@
+"""The engine for GPUs gives the numbers of the virtual machine. Without a GPU it moves tensors of the CPU by gloo."""
+
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from runtime import real_programs
+
+torch = pytest.importorskip("torch", reason="tensors need pip install '.[gpu]'")
+NAMES = [name for name in real_programs.programs(1) if not any(word in name for word in real_programs.NUMPY_ONLY)]
+RANKS = range(2, torch.cuda.device_count() + 1) if torch.cuda.is_available() else (2, 3)
+TOLERANCE = 5e-3 if torch.cuda.is_available() else 2e-6  # float16 against float32 arithmetic
+
+
+def torchrun(ranks, *command):
+    """(exit status, what was printed)."""
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module", params=RANKS)
+def real(request, tmp_path_factory):
+    """(ranks, outputs of every program on so many processes)."""
+    file = tmp_path_factory.mktemp("gpu") / "outputs"
+    status, said = torchrun(request.param, real_programs.__file__, "gpu", file)
+    assert status == 0, said
+    return request.param, pickle.loads(file.read_bytes())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_give_the_numbers_of_the_virtual_machine(real, name):
+    ranks, outputs = real
+    ours, theirs = (real_programs.flat(outputs) for outputs in (real_programs.virtual(name, ranks), outputs[name]))
+    assert [np.shape(a) for a in ours] == [np.shape(a) for a in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        if mine is None:
+            assert other is None
+        else:
+            tolerance = 2e-3 if "float16" in name or name == "wire" else TOLERANCE
+            np.testing.assert_allclose(other, mine, rtol=tolerance, atol=tolerance)
+
+
+def test_a_program_that_fails_on_one_rank_ends_all_with_its_rank(tmp_path):
+    file = tmp_path / "fails.py"
+    file.write_text(
+        "from toolkit.runtime import gpu\n\n\ndef program(comm):\n    if comm.rank == 1:\n"
+        "        raise ValueError('boom')\n\n\ngpu.Cluster().run(program)\n"
+    )
+    status, said = torchrun(2, file)
+    assert status != 0 and "raised on rank 1" in said and "boom" in said
+
+
+def test_the_command_line_runs_a_system_on_tensors():
+    status, said = torchrun(2, "-m", "toolkit", "run", "token_ring", "--backend", "nccl", "--tokens", "64")
+    assert status == 0, said
+    assert said.count("largest difference to one device") == 1

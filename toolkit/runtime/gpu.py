@@ -1,0 +1,398 @@
+"""The same programs on real GPUs: torch tensors, NCCL, one process a GPU, started by torchrun.
+
+    from toolkit.runtime import gpu
+    run = gpu.Cluster().run(program, shard(q, axis=1), causal=True)      # in every process; rank 0 gets the Run
+
+NCCL wants to know every shape beforehand, and it matches messages by their order alone. So the program runs once on the
+virtual machine, shape-only: that run is the plan, and tells each rank what it will receive. From then on nothing waits
+for the host: messages that are posted together leave as one NCCL group, right before the next kernel is launched or
+somebody waits, on a stream of their own; `wait()` makes the next kernel wait, not the program.
+
+Times are the GPU's, by events. A machine without GPUs runs the same code with gloo on tensors of the CPU.
+Needs: pip install '.[gpu]'. Limits: no source=ANY, no message whose shape depends on data, no timeouts.
+"""
+
+import atexit
+import os
+from collections import deque
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from greenlet import getcurrent
+
+from toolkit.kernels.gpu import KERNELS
+
+from . import topology
+from .arrays import like, map_arrays
+from .cluster import Run, caller, own, start
+from .communicator import Communicator
+from .errors import RuntimeFault
+from .hardware import IDEAL, NVLINK4
+from .layout import PerRank, Shard
+from .machine import Machine
+from .processor import Processor
+from .requests import Send
+from .trace import Trace
+from .wall import SameEverywhere, WallEngine
+
+
+class Cluster:
+    """The processes that torchrun started, one rank and one GPU each."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if self.cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.place = torch.device("cuda" if self.cuda else "cpu")
+        self.topology = topology.switch(self.size, NVLINK4)
+        self.device, self.devices = IDEAL, [IDEAL] * self.size
+        self._plans = {}
+
+    def run(self, program, *args, **options):
+        """Run `program(comm, …)` on every GPU; all processes call this, with arguments as for the virtual cluster.
+
+        returns   Run: outputs as numpy arrays and times of all ranks, in rank 0; None in the others
+        raises    whatever the program raises; torchrun then ends the other processes
+        """
+        machine, output = self.execute(program, args, options)
+        mine = _to_numpy(output), machine.trace, machine.makespan, machine.peak
+        parts = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(mine, parts, 0, group=self._gloo())
+        if self.rank:
+            return None
+        outputs, traces, makespans, peaks = zip(*parts, strict=True)
+        trace = Trace()
+        for part in traces:
+            trace.add(part)
+        memories = [SimpleNamespace(peak=peak, history=lambda: (np.zeros(0), np.zeros(0))) for peak in peaks]
+        return Run(self, list(outputs), trace, max(makespans), memories)
+
+    def execute(self, program, args, options):
+        """One run. Returns this rank's GpuMachine, its trace complete, and its output as tensors."""
+        key = (program, tuple(_form(a) for a in args), tuple((k, _form(v)) for k, v in options.items()))
+        if key not in self._plans:
+            self._plans[key] = plan(program, args, options, self.size)
+        machine = GpuMachine(self, *self._plans[key])
+        mine = [map_arrays(self.tensor, own(a, self.rank, self.size)) if _holds_arrays(a) else a for a in args]
+        dist.barrier()
+        machine.begin()
+        outputs = _execute(machine, [machine.processor], program, mine, options)
+        machine.end()
+        return machine, outputs[self.rank]
+
+    def __repr__(self):
+        kind = torch.cuda.get_device_name() if self.cuda else "CPU process (no GPU here)"
+        return f"{self.size} × {kind}"
+
+    def tensor(self, array):
+        return torch.from_numpy(array).to(self.place)
+
+    def empty(self, spec):
+        """Room for an array of that shape and dtype."""
+        return torch.empty(spec.shape, dtype=_torch(spec.dtype), device=self.place)
+
+    def _gloo(self):
+        if not hasattr(self, "_cpu_group"):
+            self._cpu_group = dist.new_group(backend="gloo")
+        return self._cpu_group
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+class PlanningMachine(Machine):
+    """A virtual machine that writes down what travels on each channel, and what ranks hear when they meet."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.contexts = SameEverywhere()
+        self.specs, self.met = {}, {}
+
+    def _start(self, send, receive):
+        wire = _rounded(send.payload, send.wire)
+        channel = send.rank, receive.rank, *receive.key[1:]
+        self.specs.setdefault(channel, []).append((wire, map_arrays(like, send.payload)))
+        super()._start(send, receive)
+
+    def meet(self, comm, name, value):
+        values = self.met[comm._context, comm._entered] = super().meet(comm, name, value)
+        return values
+
+
+class Rehearsal(Machine):
+    """One rank without the others: every message is there at once. Says in which order the rank sends."""
+
+    def __init__(self, rank, size, specs, met):
+        self.rank, self.met, self.sent = rank, met, []
+        self.expected = {channel: iter(found) for channel, found in specs.items()}
+        self.topology, self.contexts, self.trace = topology.switch(size, NVLINK4), SameEverywhere(), Trace()
+        self.engine = WallEngine(self, patience=60.0)
+        self.processor = RehearsingProcessor(self, rank, IDEAL)
+        self.processors, self._sends, self._receives = [self.processor], {}, {}
+
+    def progress(self):
+        return False
+
+    def protect(self, send):
+        send.protected = send.snapshot = None
+
+    def post_send(self, send):
+        self.sent.append((self.rank, *send.key))
+        send.complete()
+
+    def post_receive(self, receive):
+        if receive.sender is None:
+            raise RuntimeFault(f"{receive}: NCCL has no recv(source=ANY): name the source")
+        receive.complete(next(self.expected[receive.sender, *receive.key])[1])
+
+    def agree(self, comm, mine):
+        """The virtual run has checked it."""
+
+    def meet(self, comm, name, value):
+        return self.met[comm._context, comm._entered]
+
+
+class RehearsingProcessor(Processor):
+    def launch(self, kernel, args, options):
+        return kernel.shapes(*args, **options)
+
+
+def plan(program, args, options, size):
+    """What travels: ({channel: [(shapes on the wire, shapes)]}, what ranks hear, [the channels of each rank's sends]).
+
+    A channel is (source, dest, context, tag). A virtual run finds what each message holds; a rehearsal of each rank in
+    which order it sends, because a program that never waits sends in an order of its own.
+    """
+    shapes = [_shapes(arg) for arg in args]
+    machine = PlanningMachine(topology.switch(size, NVLINK4), [IDEAL] * size)
+    _execute(machine, machine.processors, program, shapes, options)
+    machine.check_nothing_left()
+    orders = []
+    for rank in range(size):
+        rehearsal = Rehearsal(rank, size, machine.specs, machine.met)
+        _execute(rehearsal, rehearsal.processors, program, shapes, options)
+        orders.append(rehearsal.sent)
+    return machine.specs, machine.met, orders
+
+
+def _shapes(arg):
+    """An argument without its numbers."""
+    if isinstance(arg, Shard):
+        return Shard(like(arg.array), arg.axis, arg.layout)
+    if isinstance(arg, PerRank):
+        return PerRank(tuple(map(_shapes, arg.values)))
+    if isinstance(arg, tuple):
+        return tuple(map(_shapes, arg))
+    return like(arg) if isinstance(arg, np.ndarray) else arg
+
+
+def _execute(machine, processors, program, args, options):
+    size = len(machine.topology.ranks)
+    outputs, call = [None] * size, caller(len(args), options)
+    for processor in processors:
+        start(call, program, Communicator(processor, tuple(range(size)), context=()), args, options, outputs)
+    machine.engine.run(machine.deadlock)
+    return outputs
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------------
+
+
+class GpuMachine(Machine):
+    """One GPU and its side of every message."""
+
+    def __init__(self, cluster, specs, met, orders):
+        self.cluster, self.topology, self.met, self.trace = cluster, cluster.topology, met, Trace()
+        self.specs = {channel: iter(found) for channel, found in specs.items()}
+        self.coming = [deque(c for c in order if c[1] == cluster.rank) for order in orders]  # by source
+        self.early = {}  # channel -> messages whose room is made, and that nobody has asked for yet
+        self.engine = GpuEngine(self, patience=60.0)
+        self.contexts = SameEverywhere()
+        self.processor = GpuProcessor(self, cluster.rank, IDEAL)
+        self.posted, self.pending = [], {}  # the group to come; request -> its Moving
+        self.beside = []  # sends of streams, waited for at the end
+        self.kernels = []  # (name, lane, event before, event after)
+        self.processors = [self.processor]
+        self._sends, self._receives = {}, {}
+
+    def progress(self):
+        """The GPU moves things by itself."""
+        return False
+
+    def block_any(self, requests):
+        self.block(next(part for request in requests for part in request.requests() if not part.done))
+
+    def protect(self, send):
+        send.protected = send.snapshot = None
+
+    def post_send(self, send):
+        operations = [dist.P2POp(dist.isend, tensor, send.key[0]) for tensor in _cast(send.payload, send.wire)]
+        self.pending[send] = self._post(Moving(operations, None))
+
+    def post_receive(self, receive):
+        """Make room in the order in which the source sends, as NCCL matches, up to the message that is asked for."""
+        channel = receive.sender, *receive.key
+        waiting = self.early.setdefault(channel, deque())
+        while not waiting:
+            next_channel = self.coming[receive.sender].popleft()
+            wire, whole = next(self.specs[next_channel])
+            room = map_arrays(self.cluster.empty, wire)
+            operations = [dist.P2POp(dist.irecv, tensor, receive.sender) for tensor in _flat(room)]
+            self.early.setdefault(next_channel, deque()).append(self._post(Moving(operations, (room, whole))))
+        self.pending[receive] = waiting.popleft()
+
+    def _post(self, moving):
+        self.posted.append(moving)
+        return moving
+
+    def flush(self):
+        """Let go what was posted, as one group: sends and receives of all channels move together."""
+        posted, self.posted = self.posted, []
+        operations = [operation for moving in posted for operation in moving.operations]
+        works = dist.batch_isend_irecv(operations) if operations else []
+        for moving in posted:
+            moving.works = works
+
+    def block(self, request, timeout=None):
+        """What this GPU does next comes after the message; the program itself goes on."""
+        moving = self.pending.pop(request, None)
+        if moving is None:  # a sub-task
+            return super().block(request, timeout)
+        if type(request) is Send and getcurrent() is not self.processor.main:  # of a stream: it holds up nobody
+            self.beside.append(moving)
+            return request.complete()
+        if moving.works is None:
+            self.flush()
+        while moving.works:  # a group is waited for once, whoever of its messages comes first
+            moving.works.pop().wait()
+        request.complete(moving.room and map_arrays(lambda tensor, spec: tensor.to(_torch(spec.dtype)), *moving.room))
+
+    def agree(self, comm, mine):
+        """The plan has checked it."""
+
+    def meet(self, comm, name, value):
+        return self.met[comm._context, comm._entered]
+
+    # ---- time ------------------------------------------------------------------------------------------------------
+
+    def mark(self):
+        """A point in the GPU's stream of work (the wall's clock where there is no GPU)."""
+        if not self.cluster.cuda:
+            return self.engine.now
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def begin(self):
+        if self.cluster.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        self.origin = self.mark()
+
+    def end(self):
+        """Wait for the GPU, then write the trace from its events."""
+        self.flush()
+        for request in list(self.pending):
+            self.block(request)
+        for moving in self.beside:
+            while moving.works:
+                moving.works.pop().wait()
+        last = self.mark()
+        if self.cluster.cuda:
+            torch.cuda.synchronize()
+        self.makespan = self.seconds(last)
+        self.peak = torch.cuda.max_memory_allocated() if self.cluster.cuda else 0
+        free = 0.0
+        for name, lane, before, after in self.kernels:
+            began, ended = self.seconds(before), self.seconds(after)
+            if began > free:  # the stream had nothing to do, or waited for a message
+                self.trace.wait(self.cluster.rank, "message", free, began)
+            self.trace.kernel(self.cluster.rank, lane, name, began, ended, 0, 0)
+            free = ended
+        if self.makespan > free:
+            self.trace.wait(self.cluster.rank, "message", free, self.makespan)
+
+    def seconds(self, mark):
+        return self.origin.elapsed_time(mark) * 1e-3 if self.cluster.cuda else mark - self.origin
+
+
+class Moving:
+    """A message of a group: its operations, room for what arrives, and, when it has left, what to wait for."""
+
+    def __init__(self, operations, room):
+        self.operations, self.room, self.works = operations, room, None
+
+
+class GpuEngine(WallEngine):
+    def poll(self, waiting_for):
+        """To ask whether a message has come is to queue what follows behind it."""
+        for request in waiting_for.requests():
+            if not request.done:
+                self.network.block(request)
+
+
+class GpuProcessor(Processor):
+    """Launches kernels; they run when the GPU gets to them."""
+
+    def launch(self, kernel, args, options):
+        machine = self.machine
+        machine.flush()
+        before = machine.mark()
+        result = KERNELS.get(kernel, kernel.__wrapped__)(*args, **options)
+        machine.kernels.append((kernel.__name__, "compute", before, machine.mark()))
+        return result
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _torch(dtype):
+    return getattr(torch, str(dtype))
+
+
+def _flat(value):
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _flat(part)]
+    return [value]
+
+
+def _rounded(payload, wire):
+    """Shapes of a message as it travels."""
+    if isinstance(payload, np.ndarray):
+        return like(payload, wire) if wire else like(payload)
+    each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
+    return tuple(_rounded(part, kind) for part, kind in zip(payload, each, strict=True))
+
+
+def _cast(payload, wire):
+    """The tensors of a message, contiguous, in the dtype in which they travel."""
+    if not isinstance(payload, (tuple, list)):
+        return [(payload if wire is None else payload.to(_torch(wire))).contiguous()]
+    each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
+    return [tensor for part, kind in zip(payload, each, strict=True) for tensor in _cast(part, kind)]
+
+
+def _to_numpy(value):
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_to_numpy, value))
+    return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
+
+
+def _holds_arrays(value):
+    return isinstance(value, (Shard, PerRank, np.ndarray, tuple))
+
+
+def _form(value):
+    """What the plan depends on: shapes, dtypes and layouts, not numbers."""
+    if isinstance(value, Shard):
+        return value.array.shape, str(value.array.dtype), value.axis, value.layout
+    if isinstance(value, PerRank):
+        return tuple(map(_form, value.values))
+    if isinstance(value, tuple):
+        return tuple(map(_form, value))
+    return (value.shape, str(value.dtype)) if isinstance(value, np.ndarray) else value
