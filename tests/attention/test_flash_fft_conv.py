@@ -6,7 +6,6 @@ from itertools import product
 from math import prod
 from pathlib import Path
 from threading import Event, Thread
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,11 +244,11 @@ def products_done(p, samples, monkeypatch, way):
     """Operations of the matrix products that one transform really does, counted where they are done."""
     counted = []
 
-    def dot(a, b, out):
+    def multiply(one, a, transpose, b, zero, out):
         counted.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
-        np.dot(a, b, out=out)
+        out[...] = a @ b
 
-    monkeypatch.setattr(stages, "np", SimpleNamespace(dot=dot, int64=np.int64))
+    monkeypatch.setattr(stages, "multiply", multiply)
     monkeypatch.setattr(stages, "_product", PRODUCT)
     given = tables(p, samples, np.dtype(np.float64))
     x = np.zeros(4 * p.length)
@@ -387,9 +386,9 @@ def test_the_fused_form_takes_the_result_the_bins_and_two_tiles_a_thread_and_no_
     monkeypatch.setattr(fft, "threads_for", lambda flops: 2)
     grown, out = peak_of(lambda: conv(u, filters))
     tiles = 2 * 2 * fft.FAST * 8
-    assert grown <= out.nbytes + tiles + 2e6
+    assert grown <= out.nbytes + tiles + 4e6
     complex_batch = 24 * 32 * 8192 * 8
-    assert complex_batch > 2 * (out.nbytes + tiles + 2e6)  # what an unfused form holds at least
+    assert complex_batch > 2 * (out.nbytes + tiles + 4e6)  # what an unfused form holds at least
 
 
 @linux
@@ -471,7 +470,7 @@ def test_chunks_take_the_same_memory_whatever_the_length():
     (k,) = normal((1, 64), dtype=np.float32)
     fft.partial_conv(np.ones((1, 1, 4096), np.float32), k, 64, 1024)
     grown, out = peak_of(lambda: fft.partial_conv(np.ones((1, 1, 2**21), np.float32), k, 64, 1024))
-    assert grown <= 2 * out.nbytes + 2e6  # input and result; a transform of the whole takes 32 MB more
+    assert grown <= 2 * out.nbytes + 8e6  # input and result; a transform of the whole takes 33.5 MB more
 
 
 @pytest.mark.parametrize("taps", [1, 7, 64])

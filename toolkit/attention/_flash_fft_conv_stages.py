@@ -16,6 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from toolkit.kernels._tile_product import multiply
+
+UNPACKED = 10**6  # rows · columns · inner dimension of a product that OpenBLAS does without packing its operands
+
 FAST_MATH = {"reassoc", "contract", "nsz"}
 inline = njit(fastmath=FAST_MATH)
 
@@ -58,17 +62,23 @@ def _matrix(flat, start, rows, columns):
 
 @inline
 def _product(t, i, prefix, matrices, way, x, y):
-    """y = stage i of x; way 0 is forward, 1 inverse."""
+    """y = stage i of x; way 0 is forward, 1 inverse. In parts that BLAS multiplies without packing them first."""
     inputs, outputs, rest = t.stages[i]
     if way == 1:
         inputs, outputs = outputs, inputs
     start = t.starts[i, way]
+    zero, one = np.zeros(1, x.dtype), np.ones(1, x.dtype)
+    part = max(16, UNPACKED // (4 * inputs * outputs) // 16 * 16)
     if i == len(t.stages) - 1:
-        np.dot(_matrix(x, 0, prefix, 2 * inputs), _matrix(matrices, start, 2 * inputs, 2 * outputs),
-               _matrix(y, 0, prefix, 2 * outputs))  # fmt: skip
+        matrix = _matrix(matrices, start, 2 * inputs, 2 * outputs)
+        given, made = _matrix(x, 0, prefix, 2 * inputs), _matrix(y, 0, prefix, 2 * outputs)
+        for row in range(0, prefix, part):
+            multiply(one, given[row : row + part], False, matrix, zero, made[row : row + part])
     else:
-        np.dot(_matrix(matrices, start, 2 * outputs, 2 * inputs), _matrix(x, 0, 2 * inputs, prefix * rest),
-               _matrix(y, 0, 2 * outputs, prefix * rest))  # fmt: skip
+        matrix = _matrix(matrices, start, 2 * outputs, 2 * inputs)
+        given, made = _matrix(x, 0, 2 * inputs, prefix * rest), _matrix(y, 0, 2 * outputs, prefix * rest)
+        for column in range(0, prefix * rest, part):
+            multiply(one, matrix, False, given[:, column : column + part], zero, made[:, column : column + part])
 
 
 @inline

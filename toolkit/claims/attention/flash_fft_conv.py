@@ -234,7 +234,7 @@ def sizes_chosen_as_shipped():
     value=4096,
     unit="samples",
     tolerance=0,
-    where="equation 2 with the constants of an A100",
+    where="tables in the authors' code: two matrices at 1 K, three at 4 K",
     paper="flash_fft_conv",
 )
 def three_from():
@@ -336,7 +336,7 @@ def rate_here():
     direction="above 1",
     unit="× as fast as scipy's real FFTs, on this CPU",
     where="the paper's claim is for GPUs",
-    why="without tensor cores the higher rate pays for the extra operations, and for little more",
+    why="without tensor cores the higher rate does not pay for all of the extra operations",
     paper="flash_fft_conv",
 )
 def faster_here():
