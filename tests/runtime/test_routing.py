@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from toolkit.runtime import Cluster, errors, faults, hardware, like, routing, topology
+from toolkit.runtime import Cluster, errors, faults, hardware, like, network, routing, topology
 from toolkit.runtime.hardware import Link
 from toolkit.runtime.network import simulate
 
@@ -253,3 +253,16 @@ def test_a_routed_machine_is_a_new_one():
     routing.spray(FABRIC)
     assert paths_of(FABRIC, 0, 7) == before
     assert all(FABRIC.graph.has_edge(*edge) for path in before[0] for edge in pairwise(path))
+
+
+@given(fabrics_and_pairs())
+@settings(max_examples=30, deadline=None)
+def test_rates_say_what_the_linear_program_says(case):
+    machine, pairs = case
+    assert network.rates(machine, pairs) == pytest.approx(fair_rates(machine, pairs), rel=1e-6)
+
+
+def test_the_rate_of_a_split_message_is_the_sum_of_its_flows():
+    narrow = topology.leaf_spine(2, 1, 4, Link(10e9), Link(1e9))
+    paths = {path[0][2] for path in paths_of(routing.split(narrow, 16), 0, 1)}
+    assert network.rates(routing.split(narrow, 16), [(0, 1)]) == pytest.approx([len(paths) * 1e9])

@@ -139,7 +139,7 @@ def _share(
                     n_links += 1
             entry = after[s, entry % HOP]
         i += 1
-    fair = _fill(links[:n_links], flows[:n_flows], capacity, hops, share, first, cap, route)
+    fair = fill(links[:n_links], flows[:n_flows], capacity, hops, share, first, cap, route)
     for i in range(n_flows):
         s = flows[i]
         if fair[i] == rate[s]:
@@ -151,7 +151,7 @@ def _share(
 
 
 @njit(cache=True)
-def _fill(links, flows, capacity, hops, share, first, cap, route):
+def fill(links, flows, capacity, hops, share, first, cap, route):
     """Progressive filling: raise all rates together; whoever meets a full link or its own cap stays there."""
     room, weight, users = np.zeros(len(capacity)), np.zeros(len(capacity)), np.zeros(len(capacity), np.int64)
     fair, fixed = np.zeros(len(flows)), np.zeros(len(flows), np.bool_)

@@ -63,10 +63,10 @@ class FaultyNetwork(FluidNetwork):
         return nominal / prod(f.factor for f in active)
 
     def _change_bandwidths(self):
-        loops().share_anew(self._now, np.array(self._set_bandwidths(), np.int64), *self._columns)
+        loops().share_anew(self._now, np.array(self._set_bandwidths(), np.int64), *self.columns)
 
-    def _extend_tables(self):
-        super()._extend_tables()
+    def extend_tables(self):
+        super().extend_tables()
         self._set_bandwidths()
 
     def _set_bandwidths(self):

@@ -66,7 +66,7 @@ class FluidNetwork:
 
     def start(self, a, b, nbytes, payload):
         """Begin to move `nbytes` from device a to device b at the current instant (rates follow in `settle`)."""
-        routes = self._routes_of.get((a, b)) or self._add_routes(a, b)
+        routes = self._routes_of.get((a, b)) or self.routes(a, b)
         if len(routes) > 1:
             payload, nbytes = _Pieces(payload, len(routes)), nbytes / len(routes)
         for route in routes:
@@ -84,15 +84,15 @@ class FluidNetwork:
         """Give rates to everything that started at this instant."""
         if self._starting:
             if self._new_routes:
-                self._extend_tables()
+                self.extend_tables()
             table = np.array(self._starting, np.float64).reshape(-1, 3)
             self._starting = []
             slots, routes = table[:, :2].T.astype(np.int64)
-            self.next_time = loops().begin(now, slots, routes, table[:, 2].copy(), *self._columns)
+            self.next_time = loops().begin(now, slots, routes, table[:, 2].copy(), *self.columns)
 
     def advance(self, now):
         """Move to `now`: end the flows that are due, let those whose latency is over in, share anew."""
-        ended, self.next_time = loops().advance(now, *self._columns)
+        ended, self.next_time = loops().advance(now, *self.columns)
         slots = ended.tolist()
         payloads = [self._payload[slot] for slot in slots]
         for slot in slots:
@@ -106,7 +106,10 @@ class FluidNetwork:
                 payload = payload.payload
             self.on_finish(payload)
 
-    def _add_routes(self, a, b):
+    def routes(self, a, b):
+        """Numbers of the routes of a message, one a flow."""
+        if (a, b) in self._routes_of:
+            return self._routes_of[a, b]
         new, first = [self._route(paths) for paths in self.topology.flows(a, b)], self._routes
         self._new_routes += new
         self._routes += len(new)
@@ -129,7 +132,7 @@ class FluidNetwork:
             cap = min(cap, *(link.flow_cap * len(paths) for link in links), INFINITY)
         return {number: count / len(paths) for number, count in times.items()}, latency, cap
 
-    def _extend_tables(self):
+    def extend_tables(self):
         """Put the new routes, and the links they are the first to use, at the end of the columns."""
         new, self._new_routes = self._new_routes, []
         uses = [shares for shares, _, _ in new]
@@ -146,7 +149,7 @@ class FluidNetwork:
             self._hooks = self._hooks_of(len(self._payload), width, self._hooks)
 
     @property
-    def _columns(self):
+    def columns(self):
         """What the functions of `fair_share` take, in their order."""
         routes = (self._hops, self._share, self._first, self._latency, self._cap)
         return self._capacity.rows, *(column.rows for column in routes), *self._flows, self._head.rows, *self._hooks
@@ -177,6 +180,23 @@ class FluidNetwork:
 def whole(payload):
     """The message that a flow belongs to."""
     return payload.payload if type(payload) is _Pieces else payload
+
+
+def rates(topology, pairs):
+    """Max-min fair rates of messages that are all under way, without any program.
+
+    pairs    sequence of (source device, destination device), one a message
+    returns  numpy array of bytes/s, in the order of `pairs`
+    raises   ShapeError  an unknown device
+    """
+    network = FluidNetwork(topology, None)
+    numbers = [network.routes(a, b) for a, b in pairs]
+    network.extend_tables()
+    capacity, hops, share, first, _, cap = network.columns[:6]
+    route = np.array([number for found in numbers for number in found], np.int64)
+    links, flows = np.arange(len(capacity)), np.arange(len(route))
+    fair = loops().fill(links, flows, capacity, hops, share, first, cap, route)
+    return np.add.reduceat(fair, np.cumsum([0] + [len(found) for found in numbers[:-1]]))
 
 
 def simulate(topology, flows):
