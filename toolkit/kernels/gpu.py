@@ -7,7 +7,7 @@ uses operators works on tensors too. Source of the attention kernel: Dao 2023, a
 import torch
 
 from toolkit.kernels import attention as book
-from toolkit.kernels import elementwise
+from toolkit.kernels import elementwise, layers
 from toolkit.runtime import algorithms
 
 OPERATORS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.multiply}
@@ -75,11 +75,16 @@ def concatenate(parts, axis=0):
     return torch.cat(parts, axis)
 
 
+def cast(x, dtype):
+    return x.to(dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype)))
+
+
 KERNELS = {  # the book's kernel -> what stands for it
     getattr(module, f.__name__): f
     for module, functions in (
         (book, (attention, empty_accumulator, merge, finish, delta)),
         (elementwise, (accumulate,)),
+        (layers, (cast,)),
         (algorithms, (combine, concatenate)),
     )
     for f in functions

@@ -317,6 +317,10 @@ class GpuMachine(Machine):
         if self.makespan > free:
             self.trace.wait(self.cluster.rank, "message", free, self.makespan)
 
+    def kernel_seconds(self):
+        """Seconds of each kernel, in order of launch. After `end`."""
+        return [self.seconds(after) - self.seconds(before) for _, _, before, after in self.kernels]
+
     def seconds(self, mark):
         return self.origin.elapsed_time(mark) * 1e-3 if self.cluster.cuda else mark - self.origin
 
