@@ -1,15 +1,18 @@
 """Measure real GPUs: kernels, messages and collectives to calibrate with, and whole algorithms to be predicted.
 
     torchrun --nproc-per-node 2 benchmarks/gpus.py --environment "NVLink" --out nvlink.json
-    NCCL_P2P_DISABLE=1 torchrun …      messages through host memory        NCCL_MAX_NCHANNELS=1 torchrun …     one channel
+    NCCL_P2P_DISABLE=1 torchrun …      messages through host memory
+    NCCL_MAX_NCHANNELS=1 torchrun …    one channel
 
-The file has the rows that `python -m toolkit calibrate` fits ("micro"), and for each algorithm its step time, the seconds
-of its kernels and what is left: communication that nothing hid, all by CUDA events, of the slowest rank ("algorithms").
-Every algorithm is first compared with one GPU in float32. `benchmarks/predict.py` sets predictions beside the file.
+The file has the rows that `python -m toolkit calibrate` fits ("micro"), and for each algorithm its step time, the
+seconds of its kernels, and what is left: communication that nothing hid. All by CUDA events, of the slowest rank
+("algorithms"). Every algorithm is first compared with one GPU in float32.
 """
 
 import argparse
 import json
+import os
+import sys
 import time
 from datetime import date
 from statistics import median
@@ -123,18 +126,19 @@ def flash(heads, n, causal):
 
 
 def arrays(tokens, heads, kv_heads, layout, dtype=np.float16):
-    rng = np.random.default_rng(0)
-    shapes = ((h, tokens, HEAD_DIM) for h in (heads, kv_heads, kv_heads))
-    return [shard(rng.standard_normal(shape, np.float32).astype(dtype), 1, layout) for shape in shapes]
+    """Shards of q, k and v; 4 096 random tokens over and over, since drawing a million takes minutes."""
+    rng, some = np.random.default_rng(0), min(tokens, 4096)
+    drawn = [rng.standard_normal((h, some, HEAD_DIM), np.float32).astype(dtype) for h in (heads, kv_heads, kv_heads)]
+    return [shard(np.tile(a, (1, tokens // some, 1)), 1, layout) for a in drawn]
 
 
 def algorithm(cluster, name, tokens, heads, kv_heads, repetitions=9, warm=3):
     """Medians over the repetitions of the slowest rank: step, kernels, exposed."""
     program, options = ALGORITHMS[name]
     shards = arrays(tokens, heads, kv_heads, options.get("layout", "contiguous"))
-    steps, kernels = [], []
+    steps, kernels, once = [], [], cluster.prepare(program, shards, options)
     for turn in range(warm + repetitions):
-        machine, _ = cluster.execute(program, shards, options)
+        machine, _ = once()
         mine = torch.tensor([machine.makespan, sum(machine.kernel_seconds())], device=cluster.place)
         everyone = [torch.empty_like(mine) for _ in range(cluster.size)]
         dist.all_gather(everyone, mine)
@@ -172,10 +176,11 @@ def overlap(cluster, name, tokens, heads=32):
 
     program, options = ALGORITHMS[name]
     shards = arrays(tokens, heads, heads, options.get("layout", "contiguous"))
+    once = cluster.prepare(program, shards, options)
     for _ in range(3):
-        cluster.execute(program, shards, options)
+        once()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        cluster.execute(program, shards, options)
+        once()
     spans = {True: [], False: []}
     for event in profiler.events():
         if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset")):
@@ -193,9 +198,17 @@ def main():
     options.add_argument("--skip-micro", action="store_true")
     options = options.parse_args()
     cluster, began = gpu.Cluster(), time.monotonic()
-    result = {"gpu": torch.cuda.get_device_name() if cluster.cuda else "CPU", "world": cluster.size,
-              "environment": options.environment, "torch": torch.__version__, "date": date.today().isoformat(),
-              "nccl": str(torch.cuda.nccl.version()) if cluster.cuda else "", "command": "benchmarks/gpus.py"}  # fmt: skip
+    result = {
+        "gpu": torch.cuda.get_device_name() if cluster.cuda else "CPU",
+        "world": cluster.size,
+        "environment": options.environment,
+        "command": " ".join(["torchrun", f"--nproc-per-node {cluster.size}", *sys.argv]),
+        "variables": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
+        "torch": torch.__version__,
+        "nccl": str(torch.cuda.nccl.version()) if cluster.cuda else "",
+        "date": date.today().isoformat(),
+        "units": "seconds, CUDA events on the slowest rank; median, min, max of 9 to 12 runs after 3 to warm up",
+    }
     result["errors"] = errors(cluster, 512)
     if not options.skip_micro:
         result["micro"] = micro(cluster)
@@ -207,7 +220,8 @@ def main():
         if cluster.rank == 0:
             print(f"{options.environment}: {tokens:,} tokens, {time.monotonic() - began:.0f} s", flush=True)
     if cluster.cuda:
-        result["overlap"] = [overlap(cluster, name, options.tokens[-1]) for name in ("ring", "TokenRing", "Ulysses", "LASP-2")]
+        shown = ("ring", "zigzag ring", "TokenRing", "Ulysses", "LASP-2")
+        result["overlap"] = [overlap(cluster, name, options.tokens[-1]) for name in shown]
     if cluster.rank == 0:
         with open(options.out, "w", encoding="utf-8") as out:
             json.dump(result, out, indent=1)

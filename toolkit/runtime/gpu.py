@@ -59,7 +59,7 @@ class Cluster:
         returns   Run: outputs as numpy arrays and times of all ranks, in rank 0; None in the others
         raises    whatever the program raises; torchrun then ends the other processes
         """
-        machine, output = self.execute(program, args, options)
+        machine, output = self.prepare(program, args, options)()
         mine = _to_numpy(output), machine.trace, machine.makespan, machine.peak
         parts = [None] * self.size if self.rank == 0 else None
         dist.gather_object(mine, parts, 0, group=self._gloo())
@@ -72,18 +72,25 @@ class Cluster:
         memories = [SimpleNamespace(peak=peak, history=lambda: (np.zeros(0), np.zeros(0))) for peak in peaks]
         return Run(self, list(outputs), trace, max(makespans), memories)
 
-    def execute(self, program, args, options):
-        """One run. Returns this rank's GpuMachine, its trace complete, and its output as tensors."""
+    def prepare(self, program, args, options):
+        """Plan a run and bring its arguments to this GPU.
+
+        returns   a function that runs once: this rank's GpuMachine, its trace complete, and its output as tensors
+        """
         key = (program, tuple(_form(a) for a in args), tuple((k, _form(v)) for k, v in options.items()))
         if key not in self._plans:
             self._plans[key] = plan(program, args, options, self.size)
-        machine = GpuMachine(self, *self._plans[key])
         mine = [map_arrays(self.tensor, own(a, self.rank, self.size)) if _holds_arrays(a) else a for a in args]
-        dist.barrier()
-        machine.begin()
-        outputs = _execute(machine, [machine.processor], program, mine, options)
-        machine.end()
-        return machine, outputs[self.rank]
+
+        def once():
+            machine = GpuMachine(self, *self._plans[key])
+            dist.barrier()
+            machine.begin()
+            outputs = _execute(machine, [machine.processor], program, mine, options)
+            machine.end()
+            return machine, outputs[self.rank]
+
+        return once
 
     def __repr__(self):
         kind = torch.cuda.get_device_name() if self.cuda else "CPU process (no GPU here)"
