@@ -12,10 +12,11 @@ The card counts slow-memory words with all keys; under a causal mask both versio
 Source: Dao 2023, arXiv 2307.08691, Algorithms 1 and 2, Section 3. Chapter: attention/flash_attention.
 """
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cache
 from heapq import heapreplace
 from math import inf, sqrt
+from operator import add
 
 import numpy as np
 
@@ -57,7 +58,7 @@ class Count:
         return arrays[0]
 
     def __add__(self, more):
-        *sums, _ = (a + b for a, b in zip(astuple(self), astuple(more), strict=True))
+        *sums, _ = map(add, vars(self).values(), vars(more).values())
         return Count(*sums, extra=max(self.extra, more.extra))
 
     @property
