@@ -84,21 +84,21 @@ def sum_of(states, start, stop):
 # ---- attention to one's own tokens -----------------------------------------------------------------------------------
 
 
-def _inside_cost(q, k, v, states):
-    (heads, n, dk), dv, chunks = q.shape, v.shape[2], states.shape[1]
+def _inside_cost(q, k, v, states=None):
+    (heads, n, dk), dv, chunks = q.shape, v.shape[2], 1 if states is None else states.shape[1]
     within, between = n * (n // chunks) * (dk + dv), (n - n // chunks) * dk * dv
     moved = q.nbytes + k.nbytes + v.nbytes + v.size * width(v) + (states.nbytes if chunks > 1 else 0)
     return Cost(2 * heads * (within + between), moved)
 
 
-@kernel(cost=_inside_cost, out=lambda q, k, v, states: like(v, accumulation(v)))
-def inside(q, k, v, states):
+@kernel(cost=_inside_cost, out=lambda q, k, v, states=None: like(v, accumulation(v)))
+def inside(q, k, v, states=None):
     """Causal linear attention of a rank's queries to its own keys; it needs no message.
 
-    states   what `chunk_states(k, v, chunks)` gave. One chunk: ((Q Kᵀ) ⊙ Ψ) V, as the paper has it
+    states   what `chunk_states(k, v, chunks)` gave. None: one chunk, ((Q Kᵀ) ⊙ Ψ) V as the paper has it
     costs    2·n·C·(d_k + d_v) flops a head for chunks of C tokens, and 2·(n - C)·d_k·d_v through the states
     """
-    chunks = states.shape[1]
+    chunks = 1 if states is None else states.shape[1]
     q, k, v = (cut(x, chunks) for x in (q, k, v))
     out = product(lower(product(q, k.swapaxes(2, 3))), v)
     if chunks > 1:
@@ -135,6 +135,35 @@ def inside_backward(q, k, v, states, grad_states, grad):
         dk[:, :-1] += product(v[:, :-1], future.swapaxes(2, 3))
         dv[:, :-1] += product(k[:, :-1], future)
     return joined(dq), joined(dk), joined(dv)
+
+
+# ---- attention to another rank's tokens: what a ring computes -------------------------------------------------------
+
+
+def _pairs_cost(q, k, v):
+    pairs, dk, dv = q.shape[0] * q.shape[1] * k.shape[1], k.shape[2], v.shape[2]
+    out = q.shape[0] * q.shape[1] * dv * width(v)
+    return Cost(2 * pairs * (dk + dv), q.nbytes + k.nbytes + v.nbytes + out)
+
+
+@kernel(cost=_pairs_cost, out=lambda q, k, v: like((*q.shape[:2], v.shape[2]), accumulation(v)))
+def pairs(q, k, v):
+    """(Q Kᵀ) V, the left product first: all pairs, no mask."""
+    return product(product(q, k.swapaxes(1, 2)), v)
+
+
+def _pairs_backward_cost(q, k, v, grad):
+    pairs, dk, dv = q.shape[0] * q.shape[1] * k.shape[1], k.shape[2], v.shape[2]
+    moved = sum(x.nbytes for x in (q, k, v, grad)) + (q.size + k.size + v.size) * width(v)
+    return Cost(2 * pairs * (3 * dk + 2 * dv), moved)
+
+
+@kernel(cost=_pairs_backward_cost, out=lambda q, k, v, grad: tuple(like(x, accumulation(v)) for x in (q, k, v)))
+def pairs_backward(q, k, v, grad):
+    """(dq, dk, dv) of `pairs`."""
+    grad_scores = product(grad, v.swapaxes(1, 2))
+    dv = product(product(k, q.swapaxes(1, 2)), grad)
+    return product(grad_scores, k), product(grad_scores.swapaxes(1, 2), q), dv
 
 
 # ---- attention through a state ---------------------------------------------------------------------------------------

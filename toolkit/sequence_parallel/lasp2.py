@@ -61,15 +61,11 @@ def handed_on(comm, state, want):
         after = comm.spawn(handed_on, comm, state, "after")
         return combine(combine(handed_on(comm, state, "before"), state), after.wait())
     by = 1 if want == "before" else -1
-    source, dest = comm.rank - by, comm.rank + by
-    if 0 <= source < comm.size:
-        found = comm.recv(source, tag="state")
-        passing = combine(found, state) if 0 <= dest < comm.size else None
-    else:
-        found, passing = sum_of(state[None], 0, 0), state
-    if 0 <= dest < comm.size:
-        comm.send(passing, dest, tag="state")
-    return found
+    source, dest, ranks = comm.rank - by, comm.rank + by, range(comm.size)
+    found = comm.recv(source, tag="state") if source in ranks else None
+    if dest in ranks:
+        comm.isend(state if found is None else combine(found, state), dest, tag="state")
+    return sum_of(state[None], 0, 0) if found is None else found
 
 
 def direct_all_gather(comm, x):
