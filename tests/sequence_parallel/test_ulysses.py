@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from reference import dense_attention, dense_attention_backward, scores_and_values
+from toolkit.claims.sequence_parallel import ulysses as claims
 from toolkit.kernels.layers import linear, split_heads
 from toolkit.kernels.linear_attention import chunked, chunked_backward
 from toolkit.runtime import Cluster, hardware, like, per_rank, shard, topology
@@ -171,6 +172,21 @@ def test_any_attention_runs_inside_and_gives_what_it_gives_on_one_device(ranks, 
     run = run_both(cluster(ranks), arrays, ulysses.pair(inner=INNER[name]))
     for got, want in zip(run.gather(1), both(None, *arrays, INNER[name]), strict=True):
         assert_allclose(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tokens, width", [(16, 4), (14, 4), (3, 4)])
+def test_the_block_sparse_attention_of_the_claims_is_dense_attention_under_its_mask(tokens, width):
+    q, k, v, grad = inputs(tokens)
+    block = np.arange(tokens) // width
+    seen = np.tri(tokens, dtype=bool) & (block[:, None] - block <= 1)
+    scores, _, _ = scores_and_values(q, k, v, False)
+    p = np.where(seen, np.exp(scores), 0)
+    p /= p.sum(axis=-1, keepdims=True)
+    inner = grad @ v.swapaxes(1, 2)
+    d_scores = p * (inner - (p * inner).sum(axis=-1, keepdims=True)) / 2  # root of head_dim 4
+    want = p @ v, d_scores @ k, d_scores.swapaxes(1, 2) @ q, p.swapaxes(1, 2) @ grad
+    for got, wanted in zip(both(None, q, k, v, grad, claims.local_blocks(width)), want, strict=True):
+        assert_allclose(got, wanted, rtol=0, atol=1e-12)
 
 
 def test_the_three_inner_attentions_differ():
@@ -348,6 +364,18 @@ def test_megatron_sends_exactly_p_times_as_much(ranks):
     theirs = cluster(ranks).run(block_ahead, shards, x, where, blocks.one_device(), megatron)
     assert rank_bytes(theirs) == ranks * rank_bytes(ours)
     assert rank_bytes(theirs) == ulysses.predict_bytes(64, 8, 8, 4, 2, ranks, "megatron")["forward"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3])
+def test_a_nic_carries_gathered_tokens_once_a_node_and_swapped_heads_almost_whole(nodes):
+    hidden = 64 * 2048 * 2  # bytes of the hidden state of 64 tokens on a GPU
+    theirs, ours = (
+        claims.nic_bytes(claims.forward_run(scheme, 8 * nodes, 64 * 8 * nodes, claims.GPT(1, 24 * 8, 32)))
+        for scheme in ("megatron", "ulysses")
+    )
+    assert theirs == 4 * (nodes - 1) * 3 * hidden
+    assert ours == 4 * 3 * hidden * (nodes - 1) // nodes
+    assert theirs == nodes * ours
 
 
 # ---- work and memory -------------------------------------------------------------------------------------------------
@@ -602,7 +630,7 @@ def refused(arrays, message, error=ShapeError, ranks=4, program=ulysses.attentio
 
 
 def test_heads_that_ranks_do_not_divide_are_refused():
-    refused(inputs(4, heads=6)[:3], "6 key heads do not divide among 4 ranks: pad, or pass uneven=True")
+    refused(inputs(4, heads=6)[:3], r"6 key heads do not divide among 4 ranks: pad, or allow uneven runs \(uneven=True")
 
 
 def test_more_ranks_than_key_heads_are_refused_without_copies():
