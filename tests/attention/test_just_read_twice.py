@@ -574,7 +574,7 @@ def test_a_prompt_that_leaves_nothing_to_predict_is_refused():
         small.loss(np.zeros((2, 13, 68)), np.zeros((2, 14), int), 13)
 
 
-@pytest.mark.parametrize("name", ["once", "once, twice the state", "twice", "prefix", "softmax", "prefix softmax"])
+@pytest.mark.parametrize("name", ["once", "once, larger state", "twice", "prefix", "softmax", "prefix softmax"])
 def test_a_shipped_model_does_far_better_than_guessing(name):
     model, params = small.trained(name)
     assert small.accuracy(params, model, 4, 8, batch=128) > 0.8  # a guess among the first list: 1/4

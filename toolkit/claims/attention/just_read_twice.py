@@ -159,7 +159,7 @@ def gain_of_the_prefix():
     direction="above 0",
     unit="points, smaller first over larger first",
     where="section 3, figure on data order",
-    why="two layers do not learn to leave the second list out of the state, and of 4 look-ups a guess is right once",
+    why="likely: two layers store both lists, so either order fills the state; of 4 look-ups a guess is right once",
     paper="just_read_twice",
 )
 def order_matters_to_a_trained_model():
