@@ -3,10 +3,10 @@
     from toolkit.runtime import gpu
     run = gpu.Cluster().run(program, shard(q, axis=1), causal=True)      # in every process; rank 0 gets the Run
 
-NCCL wants to know every shape beforehand, and it matches messages by their order alone. So the program runs once on the
-virtual machine, shape-only: that run is the plan, and tells each rank what it will receive. From then on nothing waits
-for the host: messages that are posted together leave as one NCCL group, right before the next kernel is launched or
-somebody waits, on a stream of their own; `wait()` makes the next kernel wait, not the program.
+NCCL wants to know every shape beforehand, and it matches messages by their order alone. So the program first runs
+without data, on the virtual machine: that run is the plan (`plan`). From then on nothing waits for the host: messages
+that are posted together leave as one NCCL group, right before the next kernel is launched or somebody waits, on a
+stream of their own; `wait()` makes the next kernel wait, not the program.
 
 Times are the GPU's, by events. A machine without GPUs runs the same code with gloo on tensors of the CPU.
 Needs: pip install '.[gpu]'. Limits: no source=ANY, no message whose shape depends on data, no timeouts.
@@ -25,13 +25,11 @@ from greenlet import getcurrent
 from toolkit.kernels.gpu import KERNELS
 
 from . import topology
-from .arrays import like, map_arrays
-from .cluster import Run, caller, own, start
-from .communicator import Communicator
-from .errors import RuntimeFault
+from .arrays import map_arrays
+from .cluster import Run, own
 from .hardware import IDEAL, NVLINK4
-from .layout import PerRank, Shard
 from .machine import Machine
+from .plan import execute, form, plan
 from .processor import Processor
 from .requests import Send
 from .trace import Trace
@@ -77,16 +75,16 @@ class Cluster:
 
         returns   a function that runs once: this rank's GpuMachine, its trace complete, and its output as tensors
         """
-        key = (program, tuple(_form(a) for a in args), tuple((k, _form(v)) for k, v in options.items()))
+        key = (program, tuple(form(a) for a in args), tuple((k, form(v)) for k, v in options.items()))
         if key not in self._plans:
             self._plans[key] = plan(program, args, options, self.size)
-        mine = [map_arrays(self.tensor, own(a, self.rank, self.size)) if _holds_arrays(a) else a for a in args]
+        mine = [self._placed(own(a, self.rank, self.size)) for a in args]
 
         def once():
             machine = GpuMachine(self, *self._plans[key])
             dist.barrier()
             machine.begin()
-            outputs = _execute(machine, [machine.processor], program, mine, options)
+            outputs = execute(machine, [machine.processor], program, mine, options)
             machine.end()
             return machine, outputs[self.rank]
 
@@ -96,8 +94,10 @@ class Cluster:
         kind = torch.cuda.get_device_name() if self.cuda else "CPU process (no GPU here)"
         return f"{self.size} × {kind}"
 
-    def tensor(self, array):
-        return torch.from_numpy(array).to(self.place)
+    def _placed(self, value):
+        if isinstance(value, tuple):
+            return tuple(map(self._placed, value))
+        return torch.from_numpy(value).to(self.place) if isinstance(value, np.ndarray) else value
 
     def empty(self, spec):
         """Room for an array of that shape and dtype."""
@@ -107,104 +107,6 @@ class Cluster:
         if not hasattr(self, "_cpu_group"):
             self._cpu_group = dist.new_group(backend="gloo")
         return self._cpu_group
-
-
-# ---- the plan ------------------------------------------------------------------------------------------------------
-
-
-class PlanningMachine(Machine):
-    """A virtual machine that writes down what travels on each channel, and what ranks hear when they meet."""
-
-    def __init__(self, *parts):
-        super().__init__(*parts)
-        self.contexts = SameEverywhere()
-        self.specs, self.met = {}, {}
-
-    def _start(self, send, receive):
-        wire = _rounded(send.payload, send.wire)
-        channel = send.rank, receive.rank, *receive.key[1:]
-        self.specs.setdefault(channel, []).append((wire, map_arrays(like, send.payload)))
-        super()._start(send, receive)
-
-    def meet(self, comm, name, value):
-        values = self.met[comm._context, comm._entered] = super().meet(comm, name, value)
-        return values
-
-
-class Rehearsal(Machine):
-    """One rank without the others: every message is there at once. Says in which order the rank sends."""
-
-    def __init__(self, rank, size, specs, met):
-        self.rank, self.met, self.sent = rank, met, []
-        self.expected = {channel: iter(found) for channel, found in specs.items()}
-        self.topology, self.contexts, self.trace = topology.switch(size, NVLINK4), SameEverywhere(), Trace()
-        self.engine = WallEngine(self, patience=60.0)
-        self.processor = RehearsingProcessor(self, rank, IDEAL)
-        self.processors, self._sends, self._receives = [self.processor], {}, {}
-
-    def progress(self):
-        return False
-
-    def protect(self, send):
-        send.protected = send.snapshot = None
-
-    def post_send(self, send):
-        self.sent.append((self.rank, *send.key))
-        send.complete()
-
-    def post_receive(self, receive):
-        if receive.sender is None:
-            raise RuntimeFault(f"{receive}: NCCL has no recv(source=ANY): name the source")
-        receive.complete(next(self.expected[receive.sender, *receive.key])[1])
-
-    def agree(self, comm, mine):
-        """The virtual run has checked it."""
-
-    def meet(self, comm, name, value):
-        return self.met[comm._context, comm._entered]
-
-
-class RehearsingProcessor(Processor):
-    def launch(self, kernel, args, options):
-        return kernel.shapes(*args, **options)
-
-
-def plan(program, args, options, size):
-    """What travels: ({channel: [(shapes on the wire, shapes)]}, what ranks hear, [the channels of each rank's sends]).
-
-    A channel is (source, dest, context, tag). A virtual run finds what each message holds; a rehearsal of each rank in
-    which order it sends, because a program that never waits sends in an order of its own.
-    """
-    shapes = [_shapes(arg) for arg in args]
-    machine = PlanningMachine(topology.switch(size, NVLINK4), [IDEAL] * size)
-    _execute(machine, machine.processors, program, shapes, options)
-    machine.check_nothing_left()
-    orders = []
-    for rank in range(size):
-        rehearsal = Rehearsal(rank, size, machine.specs, machine.met)
-        _execute(rehearsal, rehearsal.processors, program, shapes, options)
-        orders.append(rehearsal.sent)
-    return machine.specs, machine.met, orders
-
-
-def _shapes(arg):
-    """An argument without its numbers."""
-    if isinstance(arg, Shard):
-        return Shard(like(arg.array), arg.axis, arg.layout)
-    if isinstance(arg, PerRank):
-        return PerRank(tuple(map(_shapes, arg.values)))
-    if isinstance(arg, tuple):
-        return tuple(map(_shapes, arg))
-    return like(arg) if isinstance(arg, np.ndarray) else arg
-
-
-def _execute(machine, processors, program, args, options):
-    size = len(machine.topology.ranks)
-    outputs, call = [None] * size, caller(len(args), options)
-    for processor in processors:
-        start(call, program, Communicator(processor, tuple(range(size)), context=()), args, options, outputs)
-    machine.engine.run(machine.deadlock)
-    return outputs
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------------
@@ -372,14 +274,6 @@ def _flat(value):
     return [value]
 
 
-def _rounded(payload, wire):
-    """Shapes of a message as it travels."""
-    if isinstance(payload, np.ndarray):
-        return like(payload, wire) if wire else like(payload)
-    each = wire if isinstance(wire, (tuple, list)) else [wire] * len(payload)
-    return tuple(_rounded(part, kind) for part, kind in zip(payload, each, strict=True))
-
-
 def _cast(payload, wire):
     """The tensors of a message, contiguous, in the dtype in which they travel."""
     if not isinstance(payload, (tuple, list)):
@@ -392,18 +286,3 @@ def _to_numpy(value):
     if isinstance(value, (tuple, list)):
         return tuple(map(_to_numpy, value))
     return value.cpu().numpy() if isinstance(value, torch.Tensor) else value
-
-
-def _holds_arrays(value):
-    return isinstance(value, (Shard, PerRank, np.ndarray, tuple))
-
-
-def _form(value):
-    """What the plan depends on: shapes, dtypes and layouts, not numbers."""
-    if isinstance(value, Shard):
-        return value.array.shape, str(value.array.dtype), value.axis, value.layout
-    if isinstance(value, PerRank):
-        return tuple(map(_form, value.values))
-    if isinstance(value, tuple):
-        return tuple(map(_form, value))
-    return (value.shape, str(value.dtype)) if isinstance(value, np.ndarray) else value
