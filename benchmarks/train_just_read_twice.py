@@ -16,7 +16,7 @@ from toolkit.learn.optimise import adam
 
 SIZES = [(4, 8), (8, 4), (4, 16), (16, 4), (8, 32), (32, 8), (4, 32), (32, 4)]
 BATCH, RATE = 64, 5e-3
-MODELS = {  # so many steps that the losses have settled
+MODELS = {  # so many steps that the losses have settled; the last one's has not, quite
     "once": (Model("linear"), 2200),
     "once, larger state": (Model("linear", feature=6), 1600),
     "twice": (Model("linear", readings=2), 2000),
