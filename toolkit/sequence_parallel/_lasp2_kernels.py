@@ -21,27 +21,26 @@ FEATURES = ("identity", "elu", "relu")
 # ---- feature maps ----------------------------------------------------------------------------------------------------
 
 
-def _features_cost(x, name):
-    return Cost(0, 0 if name == "identity" else 2 * x.nbytes)
-
-
-@kernel(cost=_features_cost, out=lambda x, name: x if name == "identity" else like(x))
 def features(x, name):
     """φ(x), element by element: x itself, 1 + elu(x) or relu(x)."""
-    if name == "identity":
-        return x
+    return x if name == "identity" else feature_map(x, name)
+
+
+@kernel(cost=lambda x, name: Cost(0, 2 * x.nbytes), out=lambda x, name: like(x))
+def feature_map(x, name):
+    """φ(x) for "elu" and "relu"."""
     positive = x.clip(0, None)
     return positive if name == "relu" else positive + e ** x.clip(None, 0)
 
 
-@kernel(
-    cost=lambda x, grad, name: Cost(0, 0 if name == "identity" else 3 * grad.nbytes),
-    out=lambda x, grad, name: grad if name == "identity" else like(grad),
-)
 def features_backward(x, grad, name):
     """Gradient of x, from that of φ(x). relu has slope 0 at 0."""
-    if name == "identity":
-        return grad
+    return grad if name == "identity" else feature_map_backward(x, grad, name)
+
+
+@kernel(cost=lambda x, grad, name: Cost(0, x.nbytes + 2 * grad.nbytes), out=lambda x, grad, name: like(grad))
+def feature_map_backward(x, grad, name):
+    """Gradient of x for "elu" and "relu"."""
     return grad * (x > 0) if name == "relu" else grad * e ** wide(x).clip(None, 0)
 
 
@@ -63,13 +62,15 @@ def chunk_states(k, v, chunks=1):
     return product(cut(k, chunks).swapaxes(2, 3), cut(v, chunks))
 
 
-@kernel(
-    cost=lambda states: Cost(0, states.nbytes + states[:, 0].nbytes if states.shape[1] > 1 else 0),
-    out=lambda states: states[:, 0] if states.shape[1] == 1 else like(states[:, 0]),
-)
 def total(states):
-    """The state of all chunks together, (heads, d_k, d_v); a view, at no cost, if there is one chunk."""
-    return states[:, 0] if states.shape[1] == 1 else states.sum(1)
+    """The state of all chunks together, (heads, d_k, d_v); of one chunk, a view."""
+    return states[:, 0] if states.shape[1] == 1 else sum_of_chunks(states)
+
+
+@kernel(cost=lambda states: Cost(0, states.nbytes + states[:, 0].nbytes), out=lambda states: like(states[:, 0]))
+def sum_of_chunks(states):
+    """(heads, chunks, d_k, d_v) -> (heads, d_k, d_v)."""
+    return states.sum(1)
 
 
 @kernel(
@@ -202,21 +203,18 @@ def ones(v):
     return v[:, :, :1] * 0 + 1
 
 
-def _finish_out(sums, v, normalise):
-    if normalise:
-        return like((*sums.shape[:2], sums.shape[2] - 1), v.dtype)
-    return sums if sums.dtype == v.dtype else like(sums, v.dtype)
-
-
-def _finish_cost(sums, v, normalise):
-    if not normalise and sums.dtype == v.dtype:
-        return Cost(0, 0)
-    return Cost(0, sums.nbytes + sums.size * v.dtype.itemsize)
-
-
-@kernel(cost=_finish_cost, out=_finish_out)
 def finish(sums, v, normalise):
     """The result in the dtype of v: the sums, or the sums over their last column."""
+    return sums if sums.dtype == v.dtype and not normalise else rounded(sums, v, normalise)
+
+
+def _rounded_out(sums, v, normalise):
+    return like((*sums.shape[:2], sums.shape[2] - normalise), v.dtype)
+
+
+@kernel(cost=lambda sums, v, normalise: Cost(0, sums.nbytes + sums.size * v.dtype.itemsize), out=_rounded_out)
+def rounded(sums, v, normalise):
+    """`finish` where there is something to do."""
     return narrow(sums[:, :, :-1] / sums[:, :, -1:] if normalise else sums, v)
 
 

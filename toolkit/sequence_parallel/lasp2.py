@@ -18,6 +18,7 @@ from toolkit.kernels.attention import attention as softmax
 from toolkit.kernels.attention import attention_backward as softmax_backward
 from toolkit.kernels.attention import empty_accumulator
 from toolkit.runtime.algorithms import combine, concatenate
+from toolkit.runtime.arrays import first_array, like
 from toolkit.runtime.communicator import Communicator
 from toolkit.runtime.errors import ShapeError
 
@@ -32,6 +33,7 @@ from ._lasp2_kernels import (
     inside,
     inside_backward,
     ones,
+    rounded,
     sum_of,
     through,
     total,
@@ -231,3 +233,43 @@ def _check(q, k, v, causal, feature_map, normalise, chunks):
         raise ShapeError(f"features {feature_map!r} may sum to 0: normalise=True needs feature_map='elu'")
     if not isinstance(chunks, int) or chunks < 1 or k.shape[1] % chunks:
         raise ShapeError(f"{k.shape[1]} tokens of rank's run do not divide into {chunks} chunks")
+
+
+# ---- what it takes ---------------------------------------------------------------------------------------------------
+
+
+def predict_time(size, tokens, heads, d, device, link, scheme="lasp2", *, collective="ring", dtype="float16"):
+    """Seconds of the causal forward pass, one chunk a rank, identity features, on a full mesh.
+
+    tokens       of one rank                       d           d_k = d_v, of one head
+    device       hardware.Device                   link        hardware.Link of each pair of ranks
+    scheme       "lasp2" or "lasp1"                collective  "ring", "tree" (recursive doubling) or "direct"
+    """
+    x = like((heads, tokens, d), dtype)
+    states = chunk_states(x, x)
+    state, out = total(states), inside(x, x, x)
+    hop = message_time(link, state.nbytes)
+    before = device.seconds(*_cost(chunk_states, x, x))
+    behind = device.seconds(*_cost(inside, x, x, x, states))  # what messages hide behind
+    after = device.seconds(*_cost(add_through, out, x, state)) + device.seconds(*_cost(rounded, out, x, False))
+    if scheme == "lasp1":
+        update = device.seconds(*_cost(combine, state, state))
+        first = before + behind + device.seconds(*_cost(sum_of, state[None], 0, 0)) + after  # its past is zeros
+        last = before + max(behind, hop) + (size - 2) * (update + hop) + after
+        return max(first, last) if size > 1 else first
+    reach = [2**i for i in range((size - 1).bit_length())]
+    steps = {"ring": [1] * (size - 1), "tree": [min(r, size - r) for r in reach], "direct": [1] * (size > 1)}
+    gathering = sum(message_time(link, n * state.nbytes) for n in steps[collective])
+    adding = device.seconds(*_cost(concatenate, (state[None],) * size))
+    adding += device.seconds(*_cost(sum_of, like((size, *state.shape), state.dtype), 0, size - 1))
+    return before + max(behind, gathering) + adding + after
+
+
+def message_time(link, nbytes):
+    """Seconds of a message that has the link to itself."""
+    return max(link.floor, link.latency + nbytes / min(link.bandwidth, link.flow_cap))
+
+
+def _cost(kernel, *args):
+    flops, nbytes, dtype, kind = (*kernel.cost(*args), None, None)[:4]
+    return flops, nbytes, dtype or first_array(args).dtype, kind
