@@ -3,8 +3,8 @@
     python benchmarks/train_just_read_twice.py
 
 Every model sees the same lists in the same order; only how tokens see each other differs. Ten minutes of one
-core of a busy machine. Sizes and steps were settled by about 110 trial runs; with d' of 2 or 3 a second reading sometimes
-lost. The models that ship were trained one by one, through `train`. Chapter: attention/just_read_twice.
+core of a busy machine. Sizes and steps were settled by about 110 trial runs; with d' of 2 or 3 a second reading
+sometimes lost. The models that ship were trained one by one, through `train`. Chapter: attention/just_read_twice.
 """
 
 import time
