@@ -11,7 +11,7 @@ from toolkit.sequence_parallel._methods import methods
 
 H, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, TOKENS = 32, 8, 4, 4, 40, 32
 
-# ---- a stack of two blocks under each method ---------------------------------------------------------------------------
+# ---- a stack of two blocks under each method -------------------------------------------------------------------------
 
 
 def stack():

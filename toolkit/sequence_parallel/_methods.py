@@ -1,7 +1,7 @@
 """Every way to share a sequence, as a layer of training calls it, so that all can stand side by side.
 
-A method is an Attention of a block (`_block`) and the tokens that each rank holds for it. Weights lie in pieces that are
-gathered layer by layer (`_zero3`); Megatron cuts them into shards instead.
+A method is an Attention of a block (`_block`) and the tokens that each rank holds for it. Weights lie in pieces that
+are gathered layer by layer (`_zero3`); Megatron cuts them into shards instead.
 
 Here because no module has it: the backward pass of the bidirectional ring, which is the ring's own (out and lse do not
 tell which way keys came), and that of TokenRing on nodes.
@@ -20,6 +20,7 @@ from . import _gathered as gathered
 from . import _megatron_sp as megatron
 from . import light_seq, ring_attention, token_ring, ulysses
 from ._two_level import all_gather, reduce_scatter
+from ._zero3 import views
 
 
 @dataclass(frozen=True)
@@ -75,23 +76,24 @@ def _mesh_positions(layout, nodes, rank, size, n):
 # ---- one layer of training -------------------------------------------------------------------------------------------
 
 
-def layer(comm, method, weights, piece, x, where, head_dim, training=True):
+def layer(comm, method, weights, shapes, piece, x, where, head_dim, training=True):
     """One layer in the middle of many. Training keeps its input only: it runs forward, forward again, and backward.
 
-    weights    of the block, whole and just gathered; for Megatron this rank's shards
-    piece      this rank's piece of as many weights, (n,): the next layer's are gathered, and the last one's gradients
-               scattered, while this one computes. Shape-only; None: weights in shards
+    weights    (n,)          of the block, whole and just gathered; in shards, this rank's
+    shapes     of these weights by name, as `_zero3.views` takes them
+    piece      (n / P,)      this rank's piece of the next layer's weights: they are gathered, and the last layer's
+                             gradients scattered, while this one computes. None: weights in shards need not travel
     x          (tokens, h)   this rank's tokens, and the gradient of the layer's output
-    where      (tokens,)     their global positions; for Megatron those of all tokens
-    returns    the layer's output, or the gradient of x
+    where      (tokens,)     their global positions; in shards those of all tokens
+    returns    the layer's output or, training, the gradient of x
     """
     way = megatron if method.in_shards else blocks
-    arguments = weights, x, where, method.attention, head_dim
-    y = beside(comm, piece, training, partial(_ahead, way, comm, *arguments))
+    arguments = views(weights, shapes), x, where, method.attention, head_dim
+    y = beside(comm, piece, partial(_ahead, way, comm, *arguments))
     if not training:
         return y
     del y
-    return beside(comm, piece, training, partial(_both, way, comm, *arguments), leaving=True)
+    return beside(comm, piece, partial(_both, way, comm, *arguments), leaving=True)
 
 
 def _ahead(way, comm, *arguments):
@@ -103,15 +105,15 @@ def _both(way, comm, weights, x, where, attention, head_dim):
     return way.block_backward(comm, weights, saved, x, attention, head_dim)[0]
 
 
-def beside(comm, piece, training, compute, leaving=False):
+def beside(comm, piece, compute, leaving=False):
     """`compute()`, while a layer's weights arrive and, if `leaving`, another's gradients go where they are kept."""
     if piece is None:
         return compute()
-    travelling, channel = [], comm.split(0)
-    travelling.append(channel.spawn(all_gather, channel, piece))
+    gathers, scatters = comm.split(0), comm.split(0)
+    travelling = [gathers.spawn(all_gather, gathers, piece)]
     if leaving:
-        channel = comm.split(0)
-        travelling.append(channel.spawn(reduce_scatter, channel, like(comm.size * piece.size, piece.dtype)))
+        gradients = like(comm.size * piece.size, piece.dtype)
+        travelling.append(scatters.spawn(reduce_scatter, scatters, gradients))
     result = compute()
     for request in travelling:
         request.wait()
@@ -160,6 +162,7 @@ def token_ring_on_nodes_backward(comm, q, k, v, out, lse, grad_out, *, nodes, ca
     node, place = divmod(comm.rank, per_node)
     inside = comm.group(range(node * per_node, (node + 1) * per_node))
     across = comm.group(range(place, comm.size, per_node))
+    travelling = None
     for step in range(nodes):
         incoming = across.ishift((k, v), by=1, tag="keys and values") if step < nodes - 1 else None
         part = ring_attention.visible(layout, causal, node, (node - step) % nodes, q)
@@ -177,4 +180,4 @@ def token_ring_on_nodes_backward(comm, q, k, v, out, lse, grad_out, *, nodes, ca
             travelling = across.ishift(tuple(grads), by=1, tag="gradients")
         if incoming:
             k, v = incoming.wait()
-    return (dq, *(travelling.wait() if nodes > 1 else grads))
+    return (dq, *(travelling.wait() if travelling else grads))
