@@ -232,7 +232,7 @@ def _check(q, k, v, causal, feature_map, normalise, chunks):
     if normalise and feature_map != "elu":
         raise ShapeError(f"features {feature_map!r} may sum to 0: normalise=True needs feature_map='elu'")
     if not isinstance(chunks, int) or chunks < 1 or k.shape[1] % chunks:
-        raise ShapeError(f"{k.shape[1]} tokens of rank's run do not divide into {chunks} chunks")
+        raise ShapeError(f"{k.shape[1]} tokens of a rank do not divide into {chunks} chunks")
 
 
 # ---- what it takes ---------------------------------------------------------------------------------------------------
