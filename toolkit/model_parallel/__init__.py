@@ -1,0 +1,1 @@
+"""Systems that cut a model: its matrices, its layers, its vocabulary, its experts, its optimiser."""

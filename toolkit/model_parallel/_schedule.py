@@ -1,0 +1,238 @@
+"""Pipeline schedules as data: for each rank the order of its passes. Nothing else about a schedule needs saying.
+
+    schedule = one_f_one_b(stages=4, microbatches=8)
+    schedule.passes[0][:3]             # Pass("F", 0, 0), Pass("F", 1, 0), Pass("F", 2, 0)
+    peaks(schedule)                    # [4, 3, 2, 1] microbatches that a rank keeps at once
+    bubble(schedule)                   # 0.375: idle over ideal time, (p - 1) / m
+    `_pipeline.run` runs it over a communicator, `_pipeline_picture.draw` draws it.
+
+A rank has one or more chunks of layers; `where` says which stage of the model each is. A forward pass needs the output
+of the stage before, a backward pass the gradient of the stage after and its own forward pass. Other kinds of passes
+("W", say) need what precedes them on their rank.
+Sources: Huang et al. 2019 (GPipe); Narayanan et al. 2021, arXiv 2104.04473, section 2.2.
+Chapter: model_parallel/megatron.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from toolkit.runtime.errors import ShapeError
+
+
+class Pass(NamedTuple):
+    """One unit of a rank's work."""
+
+    kind: str  # "F" or "B", or another that a system adds
+    microbatch: int
+    chunk: int = 0
+
+
+class ScheduleError(ValueError):
+    """The passes of a schedule can never all run, or one is missing or there twice."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """passes[rank]: a tuple of Pass, in order. where[rank][chunk]: the stage of the model, counted from 0."""
+
+    name: str
+    microbatches: int
+    passes: tuple
+    where: tuple
+
+    @cached_property
+    def owner(self):
+        """{stage: (rank, chunk)}"""
+        return {stage: (rank, c) for rank, chunks in enumerate(self.where) for c, stage in enumerate(chunks)}
+
+    @property
+    def stages(self):
+        return len(self.owner)
+
+    def needs(self, rank, step):
+        """(rank, Pass) whose result `step` waits for, or None."""
+        move = {"F": -1, "B": 1}.get(step.kind, 0)
+        return self._at(rank, step, move) if move else None
+
+    def feeds(self, rank, step):
+        """(rank, Pass) that waits for the result of `step`, or None."""
+        move = {"F": 1, "B": -1}.get(step.kind, 0)
+        return self._at(rank, step, move) if move else None
+
+    def _at(self, rank, step, move):
+        other = self.owner.get(self.where[rank][step.chunk] + move)
+        return other and (other[0], step._replace(chunk=other[1]))
+
+
+# ---- three schedules -------------------------------------------------------------------------------------------------
+
+
+def gpipe(stages, microbatches):
+    """All forward passes, then all backward passes: a rank keeps all microbatches."""
+    _whole(stages=stages, microbatches=microbatches)
+    order = [Pass(kind, k) for kind in "FB" for k in range(microbatches)]
+    return Schedule("GPipe", microbatches, (tuple(order),) * stages, _loop(stages, 1))
+
+
+def one_f_one_b(stages, microbatches):
+    """Warm up until the pipeline is full, then one forward and one backward pass in turn, then cool down."""
+    _whole(stages=stages, microbatches=microbatches)
+
+    def order(rank):
+        return _in_turn(
+            warm_up=min(stages - rank - 1, microbatches),
+            forward=[Pass("F", k) for k in range(microbatches)],
+            backward=[Pass("B", k) for k in range(microbatches)],
+        )
+
+    return Schedule("1F1B", microbatches, tuple(map(order, range(stages))), _loop(stages, 1))
+
+
+def interleaved(stages, microbatches, chunks):
+    """1F1B with several chunks of layers a rank: rank r has stages r, r + p, r + 2p, … of the model.
+
+    The order is Megatron-LM's: p microbatches through the first chunk, the same p through the second, and so on.
+    raises   ShapeError  microbatches is no multiple of stages
+    """
+    _whole(stages=stages, microbatches=microbatches, chunks=chunks)
+    if microbatches % stages and chunks > 1:
+        raise ShapeError(f"{microbatches} microbatches are no multiple of {stages} stages, and interleaving needs that")
+    if chunks == 1:
+        return one_f_one_b(stages, microbatches)
+    total, group = microbatches * chunks, stages * chunks
+
+    def forward(k):
+        return Pass("F", k // group * stages + k % stages, k % group // stages)
+
+    def backward(k):
+        return forward(k)._replace(kind="B", chunk=chunks - 1 - forward(k).chunk)
+
+    def order(rank):
+        return _in_turn(
+            warm_up=total if microbatches == stages else min(2 * (stages - rank - 1) + (chunks - 1) * stages, total),
+            forward=list(map(forward, range(total))),
+            backward=list(map(backward, range(total))),
+        )
+
+    name = f"interleaved 1F1B, {chunks} chunks"
+    return Schedule(name, microbatches, tuple(map(order, range(stages))), _loop(stages, chunks))
+
+
+def _in_turn(warm_up, forward, backward):
+    """Forward passes; one forward and one backward in turn; backward passes."""
+    steady = [step for pair in zip(forward[warm_up:], backward, strict=False) for step in pair]
+    return (*forward[:warm_up], *steady, *backward[len(forward) - warm_up :])
+
+
+def _loop(stages, chunks):
+    return tuple(tuple(range(rank, stages * chunks, stages)) for rank in range(stages))
+
+
+def _whole(**numbers):
+    for name, n in numbers.items():
+        if n != int(n) or n < 1:
+            raise ShapeError(f"{name}={n!r}: give a whole number from 1 on")
+
+
+# ---- when each pass runs ---------------------------------------------------------------------------------------------
+
+
+def times(schedule, seconds, hop=0.0):
+    """Start and end of every pass, each as early as its rank and what it needs allow: {(rank, Pass): (start, end)}.
+
+    seconds   duration of a pass of one chunk, by kind, {"F": 1.0, "B": 2.0}; or a function (kind, stage) -> duration
+    hop       seconds from one rank to another; sends cost the sender nothing
+    raises    ScheduleError  passes wait for each other in a circle, or for one that never comes
+    """
+    ranks, done, lasts = range(len(schedule.passes)), {}, by_stage(seconds)
+    free, place = [0.0] * len(ranks), [0] * len(ranks)
+    moved = True
+    while moved:
+        moved = False
+        for rank in ranks:
+            while (step := _next(schedule, rank, place)) is not None:
+                if _missing(schedule, rank, step, done):
+                    break
+                needs = schedule.needs(rank, step)
+                ready = done[needs][1] + hop * (needs[0] != rank) if needs else 0.0
+                start = max(free[rank], ready)
+                free[rank] = start + lasts(step.kind, schedule.where[rank][step.chunk])
+                done[rank, step] = start, free[rank]
+                place[rank], moved = place[rank] + 1, True
+    waiting = {rank: step for rank in ranks if (step := _next(schedule, rank, place)) is not None}
+    if waiting:
+        raise ScheduleError(f"{schedule.name} cannot go on: {_blocked(schedule, waiting, done)}")
+    return done
+
+
+def by_stage(seconds):
+    """A function (kind, stage) -> seconds, of what `times` takes."""
+    return seconds if callable(seconds) else lambda kind, _: seconds[kind]
+
+
+def _next(schedule, rank, place):
+    order = schedule.passes[rank]
+    return order[place[rank]] if place[rank] < len(order) else None
+
+
+def _missing(schedule, rank, step, done):
+    """(rank, Pass) that `step` needs and that is not done, or None."""
+    own = (rank, step._replace(kind="F")) if step.kind == "B" else None
+    return next((need for need in (schedule.needs(rank, step), own) if need is not None and need not in done), None)
+
+
+def _blocked(schedule, waiting, done):
+    said = []
+    for rank, step in waiting.items():
+        other, missing = _missing(schedule, rank, step, done)
+        said.append(f"rank {rank} waits at {_name(step)} for {_name(missing)} of rank {other}")
+    return "; ".join(said)
+
+
+def _name(step):
+    return f"{step.kind}(microbatch {step.microbatch}, chunk {step.chunk})"
+
+
+def check(schedule):
+    """The schedule itself, if it runs: each chunk takes each microbatch forward and backward once, and nobody waits
+    for ever.
+
+    raises   ScheduleError
+    """
+    for rank, order in enumerate(schedule.passes):
+        found, chunks = Counter(order), range(len(schedule.where[rank]))
+        wanted = [Pass(kind, k, c) for kind in "FB" for k in range(schedule.microbatches) for c in chunks]
+        for step in wanted:
+            if found[step] != 1:
+                raise ScheduleError(f"{schedule.name}: rank {rank} has {_name(step)} {found[step]} times, not once")
+    times(schedule, dict.fromkeys({step.kind for order in schedule.passes for step in order}, 1.0))
+    return schedule
+
+
+def makespan(schedule, seconds, hop=0.0):
+    """Seconds until the last pass has ended."""
+    return max(end for _, end in times(schedule, seconds, hop).values())
+
+
+def bubble(schedule, forward=1.0, backward=2.0):
+    """Idle time over ideal time, m (forward + backward), without messages. forward, backward: of all chunks of a rank.
+
+    Not over total time: that would be (p - 1) / (m + p - 1) where this is (p - 1) / m.
+    """
+    chunks = len(schedule.where[0])
+    ideal = schedule.microbatches * (forward + backward)
+    return makespan(schedule, {"F": forward / chunks, "B": backward / chunks}) / ideal - 1
+
+
+def peaks(schedule):
+    """The most chunk activations that each rank keeps at once: forward passes whose backward pass is still to come."""
+
+    def peak(order):
+        live = [0]
+        for step in order:
+            live.append(live[-1] + {"F": 1, "B": -1}.get(step.kind, 0))
+        return max(live)
+
+    return [peak(order) for order in schedule.passes]
