@@ -11,6 +11,7 @@ from toolkit.runtime import Cluster, hardware, like, per_rank, topology
 from toolkit.runtime.hardware import Link
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import ulysses
+from toolkit.sequence_parallel._compare import kept_bytes, nodes_of
 from toolkit.sequence_parallel._methods import layer, methods
 
 TINY = Model("tiny", layers=2, h=64, heads=8, kv_heads=4, mlp=128, vocabulary=100)
@@ -72,7 +73,7 @@ def test_an_unknown_model_is_answered_with_the_closest_name():
 )  # fmt: skip
 def test_a_cluster_is_read_from_its_name(text, ranks, nodes, device):
     cluster = catalogue.cluster(text)
-    assert (cluster.size, recommend.nodes_of(cluster), cluster.device.name) == (ranks, nodes, device)
+    assert (cluster.size, nodes_of(cluster), cluster.device.name) == (ranks, nodes, device)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,7 @@ def legal(name, heads, kv_heads, hidden, tokens, ranks, nodes):
         and tokens % (2 * nodes) == 0
         and heads % per_node == 0
         and (kv_heads % per_node == 0 or per_node % kv_heads == 0),
+        "LASP-2": heads == kv_heads,
         "Megatron": whole and heads % ranks == kv_heads % ranks == hidden % ranks == 0,
     }[name]
 
@@ -168,14 +170,14 @@ def test_a_refusal_says_what_does_not_divide(method, words):
 
 
 def test_what_stays_is_the_state_and_the_inputs_of_layers():
-    assert recommend.kept_bytes(TINY, 100, ranks=4) == 16 * TINY.parameters / 4 + 2 * 100 * 64 * 2
+    assert kept_bytes(TINY, 100, ranks=4) == 16 * TINY.parameters / 4 + 2 * 100 * 64 * 2
 
 
 def test_a_forward_pass_keeps_weights_and_a_cache_of_keys_and_values():
-    assert recommend.kept_bytes(TINY, 100, 4, training=False) == 2 * TINY.parameters / 4 + 2 * 100 * 2 * 4 * 8 * 2
+    assert kept_bytes(TINY, 100, 4, training=False) == 2 * TINY.parameters / 4 + 2 * 100 * 2 * 4 * 8 * 2
 
 
-@pytest.mark.parametrize("method", [method.name for method in methods(1)])
+@pytest.mark.parametrize("method", [method.name for method in methods(1) if method.softmax])
 def test_a_method_fits_into_what_it_says_it_needs_and_into_no_byte_less(method):
     need = result_of(method, switch()).memory
     enough, short = (
@@ -204,7 +206,7 @@ def test_the_order_is_that_of_the_makespans_of_the_layer_run_by_itself():
     count = sum(math.prod(shape) for shape in shapes.values())
     spans = {}
     for method in methods(2):
-        if not method.in_shards:
+        if method.softmax and not method.in_shards:
             run = cluster.run(
                 layer, method, like(count, "float16"), shapes, like(-(-count // 8), "float16"),
                 per_rank([like((32, 64), "float16")] * 8), per_rank([like(32, "int64")] * 8), 8,
@@ -215,7 +217,7 @@ def test_the_order_is_that_of_the_makespans_of_the_layer_run_by_itself():
     assert not refusals
 
 
-@pytest.mark.parametrize("method", [method.name for method in methods(2)])
+@pytest.mark.parametrize("method", [method.name for method in methods(2) if method.softmax])
 def test_work_imbalance_and_waiting_make_the_whole_time(method):
     cluster = Cluster(topology.two_level(2, 2, FAST, Link(1e8, 1e-5), inside="switch"), SLOW)
     one = result_of(method, cluster)
@@ -240,7 +242,8 @@ def test_bytes_sent_are_the_formulas(method, scheme, training):
 
 
 def test_one_device_sends_nothing():
-    results, refusals = recommend.compare(TINY, 256, switch(1))
+    model = Model("m", 1, 64, 8, 8, mlp=128, vocabulary=10)
+    results, refusals = recommend.compare(model, 256, switch(1))
     assert {one.sent for one in results} == {0} and not refusals
     assert "sends nothing" in recommend.reason(results[0])
 
@@ -307,9 +310,10 @@ def command(arguments):
 
 
 def test_the_command_prints_the_ranking_with_a_reason_for_each_row(capsys):
-    command("--model mistral-7b --tokens 8k --cluster a100x4")
+    command("--model llama-7b --tokens 8k --cluster a100x4")
     out = capsys.readouterr().out
-    results, _ = recommend.compare(catalogue.model("mistral-7b"), 8192, catalogue.cluster("a100x4"))
+    results, _ = recommend.compare(catalogue.model("llama-7b"), 8192, catalogue.cluster("a100x4"))
+    results = [one for one in results if one.softmax]
     least = min(one.work for one in results)
     places = [out.index(f"{i}  {one.method}: {recommend.reason(one, least)}.") for i, one in enumerate(results, 1)]
     assert places == sorted(places)
@@ -321,6 +325,14 @@ def test_the_command_lists_what_is_refused_and_why(capsys):
     out = capsys.readouterr().out
     assert "Ulysses: 52 key heads do not divide among 8 ranks" in out
     assert "Megatron: 52 query heads do not divide among 8 ranks" in out
+
+
+def test_linear_attention_stands_below_the_ranking_even_where_it_is_faster(capsys):
+    command("--model llama-7b --tokens 128k --cluster a100x4 --forward")
+    out = capsys.readouterr().out
+    assert "another function" in out and "Best: LASP-2" not in out
+    assert out.index("ring, contiguous") < out.index("LASP-2")
+    assert float(out.split("LASP-2")[1].split()[2]) < 1
 
 
 def test_the_command_says_when_nothing_fits(capsys):

@@ -1,5 +1,7 @@
 """Which sequence parallelism: every method trains a stack as one device does, and wins where the formulas say."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose
@@ -14,10 +16,10 @@ H, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, TOKENS = 32, 8, 4, 4, 40, 32
 # ---- a stack of two blocks under each method -------------------------------------------------------------------------
 
 
-def stack():
+def stack(kv_heads):
     """Weights of two blocks, their input and the gradient of their output."""
     random = np.random.default_rng(0)
-    layers = [blocks.block_weights(random, H, HEADS, KV_HEADS, HEAD_DIM, HIDDEN) for _ in range(2)]
+    layers = [blocks.block_weights(random, H, HEADS, kv_heads, HEAD_DIM, HIDDEN) for _ in range(2)]
     for weights in layers:
         for name in ("norm_1", "norm_2"):
             weights[name] = weights[name] + 0.1 * random.standard_normal(H)
@@ -48,17 +50,17 @@ def in_shards(comm, layers, x, grad, where, attention):
     return y, dx, [megatron.sum_norms(comm, share) for share in grads]
 
 
-def on_one_device(causal):
-    layers, x, grad = stack()
-    run = Cluster(topology.switch(1, hardware.NVLINK4)).run(
-        summed, layers, x, grad, np.arange(TOKENS), blocks.one_device(causal)
-    )
-    return run.outputs[0]
+@cache
+def on_one_device(causal, softmax=True):
+    """(y, dx, gradients). Softmax that needs no messages, which tests of the block hold against PyTorch; or LASP-2."""
+    attention = blocks.one_device(causal) if softmax else named(1, causal)["LASP-2"].attention
+    one = Cluster(topology.switch(1, hardware.NVLINK4))
+    return one.run(summed, *stack(KV_HEADS if softmax else HEADS), np.arange(TOKENS), attention).outputs[0]
 
 
 def spread(method, ranks, nodes):
     """(y, dx, gradients of every rank) of the stack under a method, tokens back in their order."""
-    layers, x, grad = stack()
+    layers, x, grad = stack(KV_HEADS if method.softmax else HEADS)
     where = [method.where(rank, ranks, TOKENS) for rank in range(ranks)]
     machine = topology.two_level(nodes, ranks // nodes, hardware.NVLINK4, hardware.IB_NDR, inside="switch")
     program = in_shards if method.in_shards else summed
@@ -87,7 +89,7 @@ CASES = [
 def test_two_blocks_give_the_output_and_gradients_of_one_device(name, ranks, nodes, causal):
     method = named(nodes, causal)[name]
     y, dx, shares = spread(method, ranks, nodes)
-    want_y, want_dx, want = on_one_device(causal)
+    want_y, want_dx, want = on_one_device(causal, method.softmax)
     assert_allclose(y, want_y, rtol=0, atol=1e-10)
     assert_allclose(dx, want_dx, rtol=0, atol=1e-10)
     for rank, grads in enumerate(shares):

@@ -18,9 +18,11 @@ from toolkit.runtime.errors import ShapeError
 from . import _block as blocks
 from . import _gathered as gathered
 from . import _megatron_sp as megatron
-from . import light_seq, ring_attention, token_ring, ulysses
+from . import lasp2, light_seq, ring_attention, token_ring, ulysses
 from ._two_level import all_gather, reduce_scatter
 from ._zero3 import views
+
+CHUNK = 256  # tokens within which LASP-2 multiplies pairs out
 
 
 @dataclass(frozen=True)
@@ -30,12 +32,14 @@ class Method:
     attention   Attention of a block; for weights in shards, the Attention of one device
     where       (rank, ranks, tokens) -> global positions of the tokens that a rank holds
     in_shards   weights are cut, as Megatron's are, and not gathered
+    softmax     False: linear attention, another function
     """
 
     name: str
     attention: blocks.Attention
     where: Callable
     in_shards: bool = False
+    softmax: bool = True
 
 
 def methods(nodes=1, causal=True):
@@ -49,6 +53,7 @@ def methods(nodes=1, causal=True):
         _flat("TokenRing", blocks.exact(token_ring, **both), layout),
         _flat("Ulysses", ulysses.pair(causal=causal, overlap="qkv_pipeline", replicate_kv=True)),
         Method("Megatron", blocks.one_device(causal), partial(positions, "contiguous"), in_shards=True),
+        Method("LASP-2", linear(causal, nodes), partial(positions, "contiguous"), softmax=False),
     ]
     if causal:
         found += [
@@ -131,6 +136,24 @@ def both_ways(*, causal, layout):
         return out, (q, k, v, out, lse)
 
     return blocks.Attention(forward, blocks.exact(ring_attention, causal=causal, layout=layout).backward)
+
+
+def linear(causal, nodes):
+    """LASP-2's linear attention; its states are gathered through all NICs of a node."""
+    exchange = partial(lasp2.gathered, gather=all_gather) if nodes > 1 else lasp2.gathered
+
+    def options(q):
+        chunks = q.shape[1] // CHUNK if q.shape[1] % CHUNK == 0 else 1
+        return {"causal": causal, "chunks_per_rank": chunks, "exchange": exchange}
+
+    def forward(comm, q, k, v):
+        out, saved = lasp2.attention(comm, q, k, v, return_saved=True, **options(q))
+        return out, (q, k, v, saved)
+
+    def backward(comm, saved, grad_out):
+        return lasp2.attention_backward(comm, *saved, grad_out, **options(grad_out))
+
+    return blocks.Attention(forward, backward)
 
 
 def token_ring_on_nodes(nodes, *, causal, layout):
