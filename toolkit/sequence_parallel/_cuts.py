@@ -18,7 +18,8 @@ def even_slices(count, size, what):
     """`head_slices` where a remainder is a mistake."""
     if count % size:
         raise ShapeError(
-            f"{count} {what} do not divide among {size} ranks: pad, or allow uneven runs (uneven=True, or cuts of your own)"
+            f"{count} {what} do not divide among {size} ranks: "
+            "pad, or allow uneven runs (uneven=True, or cuts of your own)"
         )
     return head_slices(count, size)
 

@@ -162,7 +162,7 @@ def gain(model, tokens, degree=32):
     unit="×",
     where="abstract; 7B and 30B GPT on 32 and 64 A100. Here the best of 64k and 128k tokens, 32 ranks a sequence",
     same_side_of=1.0,
-    why="our Megatron gathers through all eight NICs of a node; the widths of the models and its settings are not given",
+    why="our Megatron gathers through all eight NICs of a node; widths and settings are not given",
     paper="ulysses",
 )
 def speed_up():
