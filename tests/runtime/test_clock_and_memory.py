@@ -297,6 +297,22 @@ def test_exposed_communication_is_what_a_rank_waited():
     assert run.exposed(0) == pytest.approx(LATENCY, rel=1e-9)
 
 
+def test_sub_tasks_that_wait_at_once_and_waits_beside_a_kernel_are_not_exposed_twice():
+    def program(comm):
+        if comm.rank == 0:
+            comm.sleep(3.0)
+            comm.send(np.zeros(0), dest=1, tag="a")
+            comm.send(np.zeros(0), dest=1, tag="b")
+        else:
+            tasks = [comm.spawn(comm.recv, 0, tag) for tag in "ab"]  # both wait for 3 s and more
+            compute(1.0)
+            for task in tasks:
+                task.wait()
+
+    run = mesh(2, SECOND).run(program)
+    assert run.exposed(1) == pytest.approx(2.0 + 2 * LATENCY, rel=1e-9)
+
+
 def test_events_of_one_rank_and_stream_never_overlap():
     def program(comm):
         requests = [comm.irecv(source=r) for r in range(comm.size) if r != comm.rank]

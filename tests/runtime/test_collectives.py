@@ -26,7 +26,7 @@ ALGORITHMS = {
     "all_gather": ("ring", "recursive_doubling"),
     "reduce_scatter": ("ring", "recursive_halving"),
     "all_reduce": ("ring", "recursive_doubling", "hierarchical"),
-    "all_to_all": ("pairwise",),
+    "all_to_all": ("pairwise", "direct"),
     "barrier": ("dissemination",),
 }
 EVERY = [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms]
@@ -213,12 +213,13 @@ def test_all_ranks_agree_on_the_sign_of_zero(algorithm, op, signs):
     assert len({got.tobytes() for got in run.outputs}) == 1
 
 
+@algorithms_of("all_to_all")
 @given(ranks=st.integers(1, 17), seed=seeds)
 @quick
-def test_all_to_all_transposes_a_table_of_uneven_parts(ranks, seed):
+def test_all_to_all_transposes_a_table_of_uneven_parts(algorithm, ranks, seed):
     rows = np.random.default_rng(seed).integers(0, 4, (ranks, ranks))
     table = [[integers((rows[a, b], 2), (seed, a, b)) for b in range(ranks)] for a in range(ranks)]
-    run = mesh(ranks).run(lambda comm: comm.all_to_all(table[comm.rank]))
+    run = mesh(ranks).run(lambda comm: comm.all_to_all(table[comm.rank], algorithm=algorithm))
     for b, received in enumerate(run.outputs):
         assert len(received) == ranks
         for a, part in enumerate(received):
@@ -369,10 +370,11 @@ def test_doubling_all_reduce_exchanges_whole_arrays_in_log2_rounds(ranks, n):
     assert run.traffic.total == sum(sends(run)) * 8 * n
 
 
+@algorithms_of("all_to_all")
 @given(ranks=st.integers(1, 17), n=st.integers(0, 9))
 @quick
-def test_all_to_all_sends_each_part_straight_to_its_owner(ranks, n):
-    run = mesh(ranks).run(lambda comm: comm.all_to_all(np.zeros(n * ranks)))
+def test_all_to_all_sends_each_part_straight_to_its_owner(algorithm, ranks, n):
+    run = mesh(ranks).run(lambda comm: comm.all_to_all(np.zeros(n * ranks), algorithm=algorithm))
     assert_array_equal(run.traffic.by_pair, 8 * n * (1 - np.eye(ranks, dtype=int)))
     assert sends(run) == [ranks - 1] * ranks
 
@@ -440,6 +442,7 @@ TIMES = {  # what each takes on an uncontended full mesh of p ranks when the who
         int(log2(p)) + 2 * (p & (p - 1) != 0), NB * (int(log2(p)) + 2 * (p & (p - 1) != 0))
     ),
     ("all_to_all", "pairwise"): lambda p: steps(p - 1, NB * (p - 1) / p),
+    ("all_to_all", "direct"): lambda p: steps(min(p - 1, 1), NB * min(p - 1, 1) / p),
     ("barrier", "dissemination"): lambda p: steps(rounds(p), 0),
 }
 POWERS_OF_TWO = {  # binomial trees of blocks: closed only when all subtrees are full

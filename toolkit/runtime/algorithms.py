@@ -14,6 +14,7 @@ Ring algorithms move the least bytes; logarithmic ones take the fewest steps (Th
                      recursive_doubling   log2 p (+2 if p is no power of two)   n each
                      hierarchical         rings inside nodes, rings across
     all_to_all       pairwise             p-1                 all parts but one's own
+                     direct               p-1, all at once    all parts but one's own
     barrier          dissemination        ⌈log2 p⌉            0
 """
 
@@ -230,6 +231,17 @@ def pairwise_all_to_all(comm, parts):
     return [received[r] for r in range(comm.size)]
 
 
+def direct_all_to_all(comm, parts):
+    """All messages at once: one latency, and the ports share themselves (what NCCL does)."""
+    others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+    incoming = {r: comm.irecv(r) for r in others}
+    outgoing = [comm.isend(parts[r], r) for r in others]
+    received = [parts[r] if r == comm.rank else incoming[r].wait() for r in range(comm.size)]
+    for sent in outgoing:
+        sent.wait()
+    return received
+
+
 def dissemination_barrier(comm, _):
     for reach in _powers(comm.size):
         comm.ishift((), by=reach).wait()
@@ -252,6 +264,6 @@ CHOICES = {  # collective -> its algorithms by name
         "recursive_doubling": doubling_all_reduce,
         "hierarchical": hierarchical_all_reduce,
     },
-    "all_to_all": {"pairwise": pairwise_all_to_all},
+    "all_to_all": {"pairwise": pairwise_all_to_all, "direct": direct_all_to_all},
     "barrier": {"dissemination": dissemination_barrier},
 }

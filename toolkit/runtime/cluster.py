@@ -88,7 +88,8 @@ def own(value, rank, size):
     if isinstance(value, np.ndarray):
         return copy_of(value)
     if isinstance(value, tuple):
-        return tuple(own(part, rank, size) for part in value)
+        parts = [own(part, rank, size) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
     return value
 
 
@@ -142,10 +143,14 @@ class Run:
         return Traffic(self.trace.messages, self.cluster)
 
     def exposed(self, rank=None):
-        """Seconds that a rank's program was blocked on messages; without `rank`, of the rank that waited longest."""
-        table, waited = self.trace.waits, np.zeros(self.cluster.size)
-        np.add.at(waited, table[:, 0].astype(int), table[:, 3] - table[:, 2])
-        return float(waited.max() if rank is None else waited[rank])
+        """Seconds in which a rank waits for messages and computes nothing; without `rank`, of the one that waits longest.
+
+        Sub-tasks that wait at the same time count once.
+        """
+        tables = self.trace.waits[:, [0, 2, 3]], self.trace.kernels[:, [0, 3, 4]]
+        waits, kernels = (_by_rank(table, self.cluster.size) for table in tables)
+        ranks = range(self.cluster.size) if rank is None else [rank]
+        return max(_alone(waits[r], kernels[r]) for r in ranks)
 
     def timeline(self, **options):
         """The picture of the run: one row a rank and stream."""
@@ -161,6 +166,23 @@ class Run:
 
     def __repr__(self):
         return f"Run of {self.cluster.size} ranks: {seconds(self.makespan)}, {len(self.trace)} events"
+
+
+def _by_rank(table, size):
+    """Rows of (rank, start, end) as one array of (start, end) for each rank."""
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    return np.split(table[:, 1:], np.searchsorted(table[:, 0], np.arange(1, size)))
+
+
+def _alone(spans, others):
+    """Seconds that lie in at least one of `spans` and in none of `others`; rows of (start, end)."""
+    times = np.concatenate([spans.ravel(), others.ravel()])
+    opens, hides = np.zeros(len(times)), np.zeros(len(times))
+    opens[: spans.size] = np.tile([1, -1], len(spans))
+    hides[spans.size :] = np.tile([1, -1], len(others))
+    order = np.argsort(times, kind="stable")
+    open_now, hidden = np.cumsum(opens[order])[:-1] > 0, np.cumsum(hides[order])[:-1] > 0
+    return float(np.diff(times[order])[open_now & ~hidden].sum())
 
 
 class Traffic:
