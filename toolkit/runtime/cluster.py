@@ -143,7 +143,7 @@ class Run:
         return Traffic(self.trace.messages, self.cluster)
 
     def exposed(self, rank=None):
-        """Seconds in which a rank waits for messages and computes nothing; without `rank`, of the one that waits longest.
+        """Seconds in which a rank waits for messages and computes nothing; without `rank`, the longest of all ranks.
 
         Sub-tasks that wait at the same time count once.
         """
