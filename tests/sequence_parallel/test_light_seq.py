@@ -18,7 +18,7 @@ from toolkit.runtime import Cluster, hardware, like, positions, shard, topology
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _light_seq_rsa as rsa
-from toolkit.sequence_parallel import light_seq, ring_attention
+from toolkit.sequence_parallel import light_seq, ring_attention, ulysses
 
 RANKS = pytest.mark.parametrize("ranks", [1, 2, 3, 4, 5, 8])
 GROUP = pytest.mark.parametrize("heads, kv_heads", [(4, 4), (8, 2), (6, 1), (1, 1)], ids=["MHA", "g=4", "MQA", "H=1"])
@@ -378,6 +378,17 @@ def test_without_overlap_every_fetch_and_every_result_is_exposed(ranks):
     assert timed(ranks, fetch, mode="nocomm") == pytest.approx(last + DIAGONAL, rel=1e-9)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 5, 8])
+def test_backward_takes_two_and_a_half_times_as_long_and_its_last_gradients_come_home_in_a_tail(ranks):
+    block = 10 * 8 * LOCAL**2 * 128 / COUNTING.flops  # five products
+    fetch = block / 10
+    link = hardware.Link(2 * 8 * LOCAL * 128 * 2 / fetch)
+    q = shard(like((8, ranks * LOCAL, 128), "float16"), 1)
+    lse = shard(like((8, ranks * LOCAL), "float32"), 1)
+    run = mesh(ranks, COUNTING, link).run(light_seq.attention_backward, q, q, q, q, lse, q, wire_dtype="float16")
+    assert run.makespan == pytest.approx((ranks // 2 + DIAGONAL) * block + fetch, rel=1e-9)
+
+
 def test_shape_only_runs_take_and_send_what_real_ones_do():
     arrays = normal(60, 8, 2, dtype=np.float32)
     real = both_ways(mesh(5, hardware.A100), *arrays)
@@ -570,6 +581,11 @@ def test_an_unknown_mode_is_refused_with_those_that_exist():
     q, k, v, _ = normal(24)
     with pytest.raises(ValueError, match="mode='fast' is not one of overlap, sync, nocomm"):
         mesh(4).run(light_seq.attention, *(shard(a, 1) for a in (q, k, v)), mode="fast")
+
+
+def test_an_attention_that_saves_something_else_is_refused_by_the_checkpoint_that_would_mistake_it():
+    with pytest.raises(ValueError, match=r"saves 6 things, not \(q, k, v, out, lse\).*use checkpoint='layer'"):
+        trained(2, "remat_aware", ulysses.pair(causal=True))
 
 
 def test_an_unknown_checkpoint_is_refused_with_those_that_exist():

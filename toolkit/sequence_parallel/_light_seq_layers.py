@@ -14,15 +14,23 @@ from ._block import block, block_backward
 def layer(comm, weights, x, where, attention, head_dim, checkpoint):
     """A transformer block and what is kept of it for `layer_backward`.
 
-    checkpoint   "none": all that the backward pass uses. "layer": the input. "remat_aware": the input, and attention's
-                 output and lse
+    checkpoint   "none": all that the backward pass uses. "layer": the input. "remat_aware": the input, and out and lse
+                 of an Attention that saves (q, k, v, out, lse)
     returns      (y, kept)
+    raises       ValueError  "remat_aware" with an Attention that saves something else
     """
     y, saved = block(comm, weights, x, where, attention, head_dim)
     if checkpoint == "none":
         return y, saved
-    *_, out, lse = saved[0][-1]
-    return y, (x, out, lse) if checkpoint == "remat_aware" else (x,)
+    if checkpoint == "layer":
+        return y, (x,)
+    of_attention = saved[0][-1]
+    if len(of_attention) != 5:
+        raise ValueError(
+            f"remat_aware: this attention saves {len(of_attention)} things, not (q, k, v, out, lse) as LightSeq and "
+            "rings do: use checkpoint='layer'"
+        )
+    return y, (x, *of_attention[3:])
 
 
 def layer_backward(comm, weights, kept, where, grad, attention, head_dim, checkpoint):

@@ -126,8 +126,8 @@ def fetch(comm, plan, step, mail, mode):
     arriving = exchange(comm, users(plan[step], comm.rank), used(plan[step], comm.rank), mail, FETCHED, mode)
 
     def wait():
-        for _, arrays in arriving():
-            return same_tokens(comm, mail[OWN][0], arrays)
+        arrived = arriving()
+        return same_tokens(comm, mail[OWN][0], arrived[0][1]) if arrived else None
 
     return wait
 
@@ -224,10 +224,10 @@ def run_layers(comm, x, layers, loss, *, where, head_dim, checkpoint="remat_awar
     x            (tokens, h)   this rank's tokens           layers   weights of each block, see `_block`
     loss         y -> (losses, grad of y)                   where    (tokens,) global positions of this rank's tokens
     checkpoint   "none", "layer" or "remat_aware": see `layer`
-    attention    an Attention whose saved tuple ends with out and lse; None: LightSeq
+    attention    an Attention; None: LightSeq. With "remat_aware" one that saves (q, k, v, out, lse)
     returns      (losses, dx, [gradients of a block's weights, …]), the last as this rank's share of the sum
     keeps        a layer: "layer" x; "remat_aware" x, out and lse
-    raises       ShapeError, DtypeError; ValueError for another checkpoint
+    raises       ShapeError, DtypeError; ValueError for another checkpoint, or an attention that it does not fit
     """
     if checkpoint not in ("none", "layer", "remat_aware"):
         raise ValueError(f"checkpoint={checkpoint!r} is not one of none, layer, remat_aware")
