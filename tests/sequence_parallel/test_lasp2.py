@@ -8,10 +8,12 @@ from functools import partial
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
-from reference import dense_attention, dense_attention_backward
 
-from toolkit.runtime import Cluster, hardware, like, positions, shard, topology
+from reference import dense_attention, dense_attention_backward
+from toolkit.runtime import Cluster, hardware, like, per_rank, positions, shard, topology
 from toolkit.runtime.collectives import Collectives
 from toolkit.runtime.communicator import Communicator
 from toolkit.runtime.errors import ShapeError
@@ -19,6 +21,7 @@ from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _lasp2_kernels as kernels
 from toolkit.sequence_parallel import _lasp2_layers as layers
 from toolkit.sequence_parallel import _lasp2_rings as rings
+from toolkit.sequence_parallel import _megatron_sp as megatron
 from toolkit.sequence_parallel import _two_level, lasp2
 
 torch = pytest.importorskip("torch")
@@ -174,6 +177,27 @@ def test_states_of_float16_are_summed_in_float32():
     q = np.full((1, 100_000, 1), 1e-4, "float16")
     run = mesh(4).run(lasp2.attention, *sharded([q, np.ones_like(q), np.ones_like(q)]), chunks_per_rank=250)
     assert run.gather(axis=1)[0, -1, 0] == pytest.approx(10.0, rel=1e-2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    runs=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    widths=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    chunk=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_any_cut_into_ranks_and_chunks_gives_the_same(runs, widths, chunk, seed):
+    """Runs of any lengths, in multiples of the chunk."""
+    random, ends = np.random.default_rng(seed), np.cumsum(runs)[:-1] * chunk
+    q, k = random.standard_normal((2, 2, sum(runs) * chunk, widths[0]))
+    v = random.standard_normal((2, sum(runs) * chunk, widths[1]))
+
+    def program(comm, q, k, v):
+        return lasp2.attention(comm, q, k, v, chunks_per_rank=q.shape[1] // chunk)
+
+    run = mesh(len(runs)).run(program, *(per_rank(np.split(a, ends, axis=1)) for a in (q, k, v)))
+    wanted = quadratic(*map(torch.tensor, (q, k, v)), True)
+    assert_allclose(np.concatenate(run.outputs, axis=1), wanted, rtol=0, atol=1e-10)
 
 
 def test_a_state_that_counts_its_own_chunk_twice_is_caught():
@@ -336,6 +360,21 @@ def test_a_direct_all_gather_on_a_mesh_takes_one_hop_whatever_the_number_of_rank
     assert times == pytest.approx([LINK.latency + 16 * 128 * 128 * 4 / LINK.bandwidth] * 2, rel=1e-9)
 
 
+def stacked(comm, q, k, v, depth, in_step):
+    """So many layers, one after the other."""
+    for _ in range(depth):
+        lasp2.lasp1_attention(comm, q, k, v)
+        if in_step:
+            comm.barrier()
+
+
+@pytest.mark.parametrize("in_step, rounds", [(False, 7 + 2), (True, 3 * (7 + 3))])
+def test_three_layers_of_lasp_1_wait_once_unless_something_keeps_ranks_in_step(in_step, rounds):
+    """Computing is free, a message takes 1 s: 7 hops and then one a layer, as in a pipeline; or 7 and a barrier's 3."""
+    run = mesh(8, hardware.IDEAL, hardware.Link(np.inf, 1.0)).run(stacked, *paper_heads(8, 64), 3, in_step)
+    assert run.makespan == rounds
+
+
 @pytest.mark.parametrize("products, growth", [("left", 4), ("right", 2)])
 def test_the_left_product_is_quadratic_in_the_tokens_and_the_right_linear(products, growth):
     def flops(tokens):
@@ -357,9 +396,7 @@ def test_more_chunks_shrink_the_work_inside_them_and_not_the_messages():
 def test_with_as_many_tokens_a_rank_only_the_gathered_states_grow(ranks):
     """In the largest moment of a small run: the states that arrived, and their joined copy."""
     state = 16 * 128 * 128 * 4
-    small, large = (
-        max(mesh(n).run(lasp2.attention, *paper_heads(n, 256)).peak_memory) for n in (ranks, ranks + 1)
-    )
+    small, large = (max(mesh(n).run(lasp2.attention, *paper_heads(n, 256)).peak_memory) for n in (ranks, ranks + 1))
     assert large - small == 2 * state
 
 
@@ -441,7 +478,7 @@ def test_under_the_mask_the_last_rank_works_longest():
 
 # ---- a hybrid model --------------------------------------------------------------------------------------------------
 
-SIZES = H, MODEL_HEADS, _, HEAD_DIM, _ = 12, 3, 3, 4, 20
+SIZES = H, _, _, HEAD_DIM, _ = 12, 3, 3, 4, 20
 VOCABULARY, PATTERN, RATE, STEPS = 11, "LLLS", 0.3, 4
 
 
@@ -511,6 +548,21 @@ def test_a_hybrid_of_four_layers_trains_as_on_one_device(ranks):
     assert wanted[-1] < wanted[0] - 0.1
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_megatrons_sequence_parallelism_takes_linear_layers_too(ranks):
+    def whole(comm, weights, x):
+        return blocks.block(comm, weights, x, np.arange(TOKENS), layers.linear(), HEAD_DIM)[0]
+
+    def cut(comm, weights, x):
+        mine = megatron.shard_weights(weights, comm.rank, comm.size, HEAD_DIM)
+        return megatron.block(comm, mine, x, np.arange(TOKENS), layers.alone(layers.linear()), HEAD_DIM)[0]
+
+    random = np.random.default_rng(2)
+    weights, x = blocks.block_weights(random, 12, 3, 3, 4, 21), random.standard_normal((TOKENS, H))
+    wanted = mesh(1).run(whole, weights, x).outputs[0]
+    assert_allclose(mesh(ranks).run(cut, weights, shard(x)).gather(), wanted, rtol=0, atol=1e-10)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -529,7 +581,9 @@ def test_options_that_make_no_sense_are_refused_by_name(options, message):
         mesh(4).run(lasp2.attention, *sharded(normal()[:3]), **options)
 
 
-@pytest.mark.parametrize("cut", [lambda q, k, v: (q[:2], k, v), lambda q, k, v: (q, k, v[:1]), lambda q, k, v: (q, v, k)])
+@pytest.mark.parametrize(
+    "cut", [lambda q, k, v: (q[:2], k, v), lambda q, k, v: (q, k, v[:1]), lambda q, k, v: (q, v, k)]
+)
 def test_heads_and_widths_that_do_not_fit_are_refused(cut):
     with pytest.raises(ValueError, match="the same heads and tokens, and q as wide as k"):
         mesh(4).run(lasp2.attention, *sharded(cut(*normal()[:3])))
@@ -539,3 +593,9 @@ def test_softmax_layers_need_runs_of_one_length():
     q = shard(np.zeros((2, 50, 4)), 1)
     with pytest.raises(ShapeError, match="50 tokens on 4 ranks, 13 here: give each rank the same number"):
         mesh(4).run(lasp2.softmax_attention, q, q, q)
+
+
+@pytest.mark.parametrize("scheme, collective", [("lasp3", "ring"), ("lasp2", "butterfly")])
+def test_unknown_schemes_have_no_predicted_time(scheme, collective):
+    with pytest.raises(ShapeError, match="give lasp1 or lasp2, ring, tree, direct"):
+        lasp2.predict_time(4, 64, 2, 8, hardware.A100, LINK, scheme, collective=collective)

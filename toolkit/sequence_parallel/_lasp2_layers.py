@@ -58,3 +58,15 @@ def in_turn(*layers):
         return layer.backward(comm, kept, grad_out)
 
     return Attention(forward, backward)
+
+
+def alone(layer):
+    """The layer on a rank that has all tokens of its heads, as in Megatron's sequence parallelism: no messages."""
+
+    def forward(comm, q, k, v):
+        return layer.forward(comm.group((comm.rank,)), q, k, v)
+
+    def backward(comm, saved, grad_out):
+        return layer.backward(comm.group((comm.rank,)), saved, grad_out)
+
+    return Attention(forward, backward)

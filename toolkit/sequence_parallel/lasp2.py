@@ -21,6 +21,7 @@ from toolkit.runtime.algorithms import combine, concatenate
 from toolkit.runtime.arrays import first_array, like
 from toolkit.runtime.communicator import Communicator
 from toolkit.runtime.errors import ShapeError
+from toolkit.runtime.kernel import Cost
 
 from ._lasp2_kernels import (
     FEATURES,
@@ -244,25 +245,29 @@ def predict_time(size, tokens, heads, d, device, link, scheme="lasp2", *, collec
     tokens       of one rank                       d           d_k = d_v, of one head
     device       hardware.Device                   link        hardware.Link of each pair of ranks
     scheme       "lasp2" or "lasp1"                collective  "ring", "tree" (recursive doubling) or "direct"
+    raises       ShapeError  an unknown scheme or collective
     """
     x = like((heads, tokens, d), dtype)
     states = chunk_states(x, x)
     state, out = total(states), inside(x, x, x)
-    hop = message_time(link, state.nbytes)
-    before = device.seconds(*_cost(chunk_states, x, x))
-    behind = device.seconds(*_cost(inside, x, x, x, states))  # what messages hide behind
-    after = device.seconds(*_cost(add_through, out, x, state)) + device.seconds(*_cost(rounded, out, x, False))
+    before, behind = (_seconds(device, *call) for call in ((chunk_states, x, x), (inside, x, x, x, states)))
+    after = _seconds(device, add_through, out, x, state) + _seconds(device, rounded, out, x, False)
     if scheme == "lasp1":
-        update = device.seconds(*_cost(combine, state, state))
-        first = before + behind + device.seconds(*_cost(sum_of, state[None], 0, 0)) + after  # its past is zeros
+        hop, update = message_time(link, state.nbytes), _seconds(device, combine, state, state)
+        first = before + behind + _seconds(device, sum_of, state[None], 0, 0) + after  # its past is zeros
         last = before + max(behind, hop) + (size - 2) * (update + hop) + after
         return max(first, last) if size > 1 else first
-    reach = [2**i for i in range((size - 1).bit_length())]
-    steps = {"ring": [1] * (size - 1), "tree": [min(r, size - r) for r in reach], "direct": [1] * (size > 1)}
-    gathering = sum(message_time(link, n * state.nbytes) for n in steps[collective])
-    adding = device.seconds(*_cost(concatenate, (state[None],) * size))
-    adding += device.seconds(*_cost(sum_of, like((size, *state.shape), state.dtype), 0, size - 1))
-    return before + max(behind, gathering) + adding + after
+    rounds = {  # states in each message that waits for the one before
+        "ring": [1] * (size - 1),
+        "tree": [min(2**i, size - 2**i) for i in range((size - 1).bit_length())],
+        "direct": [1] * (size > 1),
+    }
+    if scheme != "lasp2" or collective not in rounds:
+        raise ShapeError(f"scheme {scheme!r} with collective {collective!r}: give lasp1 or lasp2, {', '.join(rounds)}")
+    gathering = sum(message_time(link, n * state.nbytes) for n in rounds[collective])
+    joining = _seconds(device, concatenate, (state[None],) * size)
+    adding = _seconds(device, sum_of, like((size, *state.shape), state.dtype), 0, size - 1)
+    return before + max(behind, gathering) + joining + adding + after
 
 
 def message_time(link, nbytes):
@@ -270,6 +275,7 @@ def message_time(link, nbytes):
     return max(link.floor, link.latency + nbytes / min(link.bandwidth, link.flow_cap))
 
 
-def _cost(kernel, *args):
-    flops, nbytes, dtype, kind = (*kernel.cost(*args), None, None)[:4]
-    return flops, nbytes, dtype or first_array(args).dtype, kind
+def _seconds(device, kernel, *args):
+    """Of one call of a kernel."""
+    cost = Cost(*kernel.cost(*args))
+    return device.seconds(cost.flops, cost.bytes, cost.dtype or first_array(args).dtype, cost.kind)
