@@ -9,8 +9,8 @@ Gradients are those of the mean loss over all tokens of all ranks: shares add up
 Chapter: model_parallel/megatron.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -143,7 +143,7 @@ class Plan:
     grid, schedule, setting   who, in which order, and how layers are cut
     tied                      the embedding is the output layer, too
     layer                     KEEP, or RECOMPUTE to keep a block's input only
-    pack, unpack              what travels between stages instead of whole activations (see `_pipeline.run`)
+    travel                    how activations go from stage to stage: pack, unpack, overlap (see `_pipeline.run`)
     """
 
     grid: Any
@@ -151,8 +151,7 @@ class Plan:
     setting: Any
     tied: bool = False
     layer: Layer = KEEP
-    pack: Callable | None = None
-    unpack: Callable | None = None
+    travel: Mapping = field(default_factory=dict)
 
 
 def loss_and_gradients(plan, chunks, tokens, targets, total):
@@ -180,7 +179,7 @@ def loss_and_gradients(plan, chunks, tokens, targets, total):
         grads[c] = share if grads[c] is None else add_up(grads[c], share)
         return dx
 
-    kept = pipeline.run(grid.pp, plan.schedule, chunk_forward, chunk_backward, pack=plan.pack, unpack=plan.unpack)
+    kept = pipeline.run(grid.pp, plan.schedule, chunk_forward, chunk_backward, **plan.travel)
     mine = sum(float(part.sum()) for part in losses if not is_shape_only(part)) / total
     loss = layers.all_reduce(grid.along("cp", "ep", "dp", "pp"), np.array(mine))
     return loss, sum_gradients(plan, grads), kept

@@ -17,7 +17,7 @@ from ._schedule import ScheduleError, by_stage, check
 CHANNELS = {"F": "activations", "B": "gradients"}
 
 
-def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None):
+def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None, overlap=True):
     """This rank's part of a schedule.
 
     pp         communicator of the stages, one rank each
@@ -25,6 +25,8 @@ def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None)
     backward   (chunk, microbatch, saved, grad) -> dx        grad is None in the model's last stage
     others     {kind: (chunk, microbatch) -> None} for passes of other kinds, in their place
     pack       what is sent of y and dx, and `unpack` what the receiver makes of it; None: all of it
+    overlap    False: a rank waits until what it sends has arrived. Receives are then all posted at the start, so that
+               nobody waits for a receiver
     returns    the most chunk activations kept at once
     sends      one message a pass, but for the two ends of the model and between chunks of one rank
     raises     ScheduleError
@@ -53,10 +55,13 @@ def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None)
             here[feeds[1]] = x
         else:
             sent.append(pp.isend(pack(x) if pack else x, feeds[0], CHANNELS[step.kind]))
+            if not overlap:
+                sent.pop().wait()
 
-    ask(order[0])
+    for step in order[:1] if overlap else order:
+        ask(step)
     for step, after in zip_longest(order, order[1:]):
-        if after:
+        if overlap and after:
             ask(after)
         if step.kind == "F":
             y, saved[step.chunk, step.microbatch] = forward(step.chunk, step.microbatch, take(step))
@@ -89,10 +94,11 @@ def backward_pass(x, seconds):
     return x
 
 
-def replay(pp, schedule, seconds, message, pack=None, unpack=None):
+def replay(pp, schedule, seconds, message, **options):
     """`run` with passes that take given times, on devices like CLOCK: what messages do to a schedule.
 
     seconds   as for `_schedule.times`          message   array, what a stage sends
+    options   of `run`
     """
     lasts, stages = by_stage(seconds), schedule.where[pp.rank]
     return run(
@@ -100,8 +106,7 @@ def replay(pp, schedule, seconds, message, pack=None, unpack=None):
         schedule,
         forward=lambda c, k, x: (forward_pass(message, lasts("F", stages[c])), None),
         backward=lambda c, k, saved, grad: backward_pass(message, lasts("B", stages[c])),
-        pack=pack,
-        unpack=unpack,
+        **options,
     )
 
 

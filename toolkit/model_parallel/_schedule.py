@@ -63,7 +63,7 @@ class Schedule:
 
     def _at(self, rank, step, move):
         other = self.owner.get(self.where[rank][step.chunk] + move)
-        return other and (other[0], step._replace(chunk=other[1]))
+        return other and (other[0], Pass(step.kind, step.microbatch, other[1]))
 
 
 # ---- three schedules -------------------------------------------------------------------------------------------------
@@ -153,9 +153,9 @@ def times(schedule, seconds, hop=0.0):
         moved = False
         for rank in ranks:
             while (step := _next(schedule, rank, place)) is not None:
-                if _missing(schedule, rank, step, done):
-                    break
                 needs = schedule.needs(rank, step)
+                if _missing(needs, rank, step, done):
+                    break
                 ready = done[needs][1] + hop * (needs[0] != rank) if needs else 0.0
                 start = max(free[rank], ready)
                 free[rank] = start + lasts(step.kind, schedule.where[rank][step.chunk])
@@ -177,16 +177,18 @@ def _next(schedule, rank, place):
     return order[place[rank]] if place[rank] < len(order) else None
 
 
-def _missing(schedule, rank, step, done):
+def _missing(needs, rank, step, done):
     """(rank, Pass) that `step` needs and that is not done, or None."""
-    own = (rank, step._replace(kind="F")) if step.kind == "B" else None
-    return next((need for need in (schedule.needs(rank, step), own) if need is not None and need not in done), None)
+    if needs is not None and needs not in done:
+        return needs
+    own = rank, Pass("F", step.microbatch, step.chunk)
+    return own if step.kind == "B" and own not in done else None
 
 
 def _blocked(schedule, waiting, done):
     said = []
     for rank, step in waiting.items():
-        other, missing = _missing(schedule, rank, step, done)
+        other, missing = _missing(schedule.needs(rank, step), rank, step, done)
         said.append(f"rank {rank} waits at {_name(step)} for {_name(missing)} of rank {other}")
     return "; ".join(said)
 
