@@ -551,6 +551,13 @@ def test_zero_s_weights_do_not_change_what_attention_sends():
     assert with_weights == without
 
 
+def test_the_longest_sequence_fills_the_memory_when_all_32_layers_run():
+    tokens = int(claims.longest("LightSeq", 8)) // 8 * 8
+    run = claims.iteration("LightSeq", 8, tokens, layers=claims.LAYERS, zero=False)
+    states = claims.STATE * claims.PARAMETERS / 16
+    assert max(run.peak_memory) + states == pytest.approx(claims.A100.memory_capacity, rel=0.01)
+
+
 @pytest.mark.parametrize("tokens", [32, 128])
 def test_overlap_hides_part_of_what_messages_cost_and_all_of_it_is_positive(tokens):
     assert 0 < claims.overhead("overlap", tokens * 1024) < claims.overhead("sync", tokens * 1024)
