@@ -8,12 +8,14 @@ import pytest
 from numpy.testing import assert_allclose
 
 from reference import dense_attention, dense_attention_backward
+from toolkit.catalogue import Model
 from toolkit.runtime import Cluster, hardware, like, per_rank, shard, topology
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _boundaries as boundaries
 from toolkit.sequence_parallel import _gathered, ring_attention, token_ring, ulysses
 from toolkit.sequence_parallel import _megatron_sp as megatron
+from toolkit.sequence_parallel._compare import compare
 from toolkit.sequence_parallel._methods import methods
 
 H, HEADS, KV_HEADS, HEAD_DIM, HIDDEN, TOKENS = 32, 8, 4, 4, 40, 32
@@ -195,6 +197,18 @@ def test_above_a_port_ulysses_wins_at_any_length_because_merging_costs_more_than
 
 def test_one_rank_has_no_such_port():
     assert boundaries.crossover_port(1, 1, boundaries.Machine(FLOPS, MEMORY, 0.0)) is None
+
+
+def test_megatron_sends_as_many_bytes_as_the_others_weights_take_at_w_over_4h_tokens():
+    model = Model("m", 1, h=64, heads=8, kv_heads=8, mlp=128, vocabulary=0, gated=False)
+    weights = sum(math.prod(shape) for shape in blocks.shapes(*model.block).values())
+    tokens = 128
+    assert weights / (4 * 64) == pytest.approx(tokens, rel=0.01)
+    (alone,), _ = compare(
+        model, tokens, Cluster(topology.switch(4, hardware.NVLINK4)), training=False, only=["Megatron"]
+    )
+    gathered = 3 * weights / 4 * 2
+    assert alone.sent == pytest.approx(gathered, rel=0.01)
 
 
 # ---- hybrids on nodes ------------------------------------------------------------------------------------------------
