@@ -573,6 +573,8 @@ def test_megatrons_sequence_parallelism_takes_linear_layers_too(ranks):
         ({"chunks_per_rank": 0.5}, "do not divide into 0.5 chunks"),
         ({"feature_map": "exp"}, "'exp' is not one of identity, elu, relu"),
         ({"normalise": True}, "'identity' may sum to 0"),
+        ({"layout": "zigzag"}, "under the mask a rank must hold a run of tokens"),
+        ({"layout": "spiral", "causal": False}, "layout 'spiral'"),
         ({"causal": np.full((12, 12), -np.inf)}, "a mask of linear attention multiplies"),
     ],
 )
@@ -587,6 +589,20 @@ def test_options_that_make_no_sense_are_refused_by_name(options, message):
 def test_heads_and_widths_that_do_not_fit_are_refused(cut):
     with pytest.raises(ValueError, match="the same heads and tokens, and q as wide as k"):
         mesh(4).run(lasp2.attention, *sharded(cut(*normal()[:3])))
+
+
+@pytest.mark.parametrize("program", [lasp2.attention, lasp2.softmax_attention])
+def test_without_a_mask_any_layout_will_do(program):
+    q, k, v = (shard(a, 1, "striped") for a in np.random.default_rng(1).standard_normal((3, 2, 24, 4)))
+    ours = mesh(4).run(program, q, k, v, causal=False, layout="striped").gather(1, "striped")
+    wanted = mesh(1).run(program, *(shard(a.array, 1) for a in (q, k, v)), causal=False).gather(1)
+    assert_allclose(ours, wanted, rtol=0, atol=1e-10)
+
+
+def test_softmax_layers_under_the_mask_need_contiguous_runs():
+    q = shard(np.zeros((2, 48, 4)), 1, "zigzag")
+    with pytest.raises(ShapeError, match="under the mask a rank must hold a run of tokens"):
+        mesh(4).run(lasp2.softmax_attention, q, q, q, layout="zigzag")
 
 
 def test_softmax_layers_need_runs_of_one_length():

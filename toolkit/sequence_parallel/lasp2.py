@@ -18,10 +18,9 @@ from toolkit.kernels.attention import attention as softmax
 from toolkit.kernels.attention import attention_backward as softmax_backward
 from toolkit.kernels.attention import empty_accumulator
 from toolkit.runtime.algorithms import combine, concatenate
-from toolkit.runtime.arrays import first_array, like
 from toolkit.runtime.communicator import Communicator
 from toolkit.runtime.errors import ShapeError
-from toolkit.runtime.kernel import Cost
+from toolkit.runtime.layout import LAYOUTS
 
 from ._lasp2_kernels import (
     FEATURES,
@@ -34,11 +33,11 @@ from ._lasp2_kernels import (
     inside,
     inside_backward,
     ones,
-    rounded,
     sum_of,
     through,
     total,
 )
+from ._lasp2_time import predict_time as predict_time
 
 # ---- the exchange: what arrives of the other ranks' states ----------------------------------------------------------
 
@@ -85,12 +84,13 @@ def direct_all_gather(comm, x):
 # ---- linear attention ------------------------------------------------------------------------------------------------
 
 
-def attention(comm, q, k, v, *, causal=True, feature_map="identity", normalise=False, chunks_per_rank=1,
-              exchange=gathered, return_saved=False):  # fmt: skip
+def attention(comm, q, k, v, *, causal=True, layout="contiguous", feature_map="identity", normalise=False,
+              chunks_per_rank=1, exchange=gathered, return_saved=False):  # fmt: skip
     """Linear attention over the tokens of all ranks: o_i = Σ_j φ(q_i)·φ(k_j) v_j, over j <= i if causal.
 
-    q, k             (heads, tokens, d_k)   this rank's run of the tokens
+    q, k             (heads, tokens, d_k)   this rank's tokens
     v                (heads, tokens, d_v)   the same heads, tokens and dtype
+    layout           which tokens those are: contiguous under the mask, anything without it
     feature_map      φ: "identity", "elu" (1 + elu) or "relu"
     normalise        divide by Σ_j φ(q_i)·φ(k_j). Needs "elu", whose features are positive
     chunks_per_rank  more of them, less work inside them; divides the tokens. Same result and bytes
@@ -99,7 +99,7 @@ def attention(comm, q, k, v, *, causal=True, feature_map="identity", normalise=F
     sends            states: heads·d_k·d_v numbers, one more column with normalise; float64 for float64 and else float32
     raises           ShapeError
     """
-    _check(q, k, v, causal, feature_map, normalise, chunks_per_rank)
+    _check(q, k, v, causal, layout, feature_map, normalise, chunks_per_rank)
     fq, fk, fv = features(q, feature_map), features(k, feature_map), with_ones(v, normalise)
     states = chunk_states(fk, fv, chunks_per_rank)
     coming = comm.spawn(exchange, comm, total(states), "before" if causal else "all")
@@ -114,8 +114,8 @@ def attention(comm, q, k, v, *, causal=True, feature_map="identity", normalise=F
     return (out, (past, sums if normalise else None)) if return_saved else out
 
 
-def attention_backward(comm, q, k, v, saved, grad_out, *, causal=True, feature_map="identity", normalise=False,
-                       chunks_per_rank=1, exchange=gathered):  # fmt: skip
+def attention_backward(comm, q, k, v, saved, grad_out, *, causal=True, layout="contiguous", feature_map="identity",
+                       normalise=False, chunks_per_rank=1, exchange=gathered):  # fmt: skip
     """Gradients of `attention`: those of the states travel, and later ranks' matter now.
 
     saved      what `attention(…, return_saved=True)` gave      grad_out   shape of the result
@@ -123,6 +123,7 @@ def attention_backward(comm, q, k, v, saved, grad_out, *, causal=True, feature_m
     sends      as `attention`
     raises     ShapeError
     """
+    _check(q, k, v, causal, layout, feature_map, normalise, chunks_per_rank)
     past, sums = saved
     grad = concatenate(finish_backward(grad_out, sums), axis=2) if normalise else grad_out
     fq, fk, fv = features(q, feature_map), features(k, feature_map), with_ones(v, normalise)
@@ -157,7 +158,7 @@ def lasp1_attention_backward(comm, q, k, v, saved, grad_out, **options):
 
 
 def recurrent_oracle(q, k, v, feature_map="identity", normalise=False):
-    """The same numbers on one device, token by token: s_n = s_{n-1} + φ(k_n)ᵀ v_n, o_n = φ(q_n) s_n. Causal."""
+    """The same on one device, token by token: s_n = s_{n-1} + φ(k_n)ᵀ v_n, o_n = φ(q_n) s_n. Causal."""
     q, k, v = features(q, feature_map), features(k, feature_map), with_ones(v, normalise)
     state, out = np.zeros((k.shape[0], k.shape[2], v.shape[2]), v.dtype), np.empty(v.shape, v.dtype)
     for n in range(k.shape[1]):
@@ -169,7 +170,7 @@ def recurrent_oracle(q, k, v, feature_map="identity", normalise=False):
 # ---- LASP-2H: the softmax layers of a hybrid model -------------------------------------------------------------------
 
 
-def softmax_attention(comm, q, k, v, *, causal=True, return_lse=False):
+def softmax_attention(comm, q, k, v, *, causal=True, layout="contiguous", return_lse=False):
     """Exact softmax attention: gather all keys and values, attend to those of ranks up to one's own if causal.
 
     q, k, v   as for `ring_attention.attention`, in the contiguous layout; the same number of tokens on every rank
@@ -178,18 +179,18 @@ def softmax_attention(comm, q, k, v, *, causal=True, return_lse=False):
     raises    ShapeError, DtypeError
     """
     k, v = _everybodys(comm, k, v)
-    seen = _seen(comm, q, k, causal)
+    seen = _seen(comm, q, k, causal, layout)
     return softmax(q, k[:, :seen], v[:, :seen], causal, return_lse)
 
 
-def softmax_attention_backward(comm, q, k, v, out, lse, grad_out, *, causal=True):
+def softmax_attention_backward(comm, q, k, v, out, lse, grad_out, *, causal=True, layout="contiguous"):
     """Gradients (dq, dk, dv) of `softmax_attention`; those of all keys and values are reduce-scattered.
 
     out, lse   what `softmax_attention(…, return_lse=True)` gave
     sends      (N-1) times the bytes of k and v, and of their float32 (or float64) gradients
     """
     k, v = _everybodys(comm, k, v)
-    seen, n = _seen(comm, q, k, causal), q.shape[1]
+    seen, n = _seen(comm, q, k, causal, layout), q.shape[1]
     dq, *grads = softmax_backward(q, k[:, :seen], v[:, :seen], out, lse, grad_out, causal)
     nothing = empty_accumulator(k[:, :n])[0] if seen < comm.size * n else None  # what later ranks' keys get
     runs = ([x[:, i : i + n] if i < seen else nothing for i in range(0, comm.size * n, n)] for x in grads)
@@ -201,8 +202,9 @@ def _everybodys(comm, k, v):
     return [x.wait() for x in coming]
 
 
-def _seen(comm, q, k, causal):
+def _seen(comm, q, k, causal, layout):
     """How many of all keys this rank's queries see, the first ones."""
+    _check_layout(causal, layout)
     if k.shape[1] != comm.size * q.shape[1]:
         raise ShapeError(f"{k.shape[1]} tokens on {comm.size} ranks, {q.shape[1]} here: give each rank the same number")
     return (comm.rank + 1 if causal else comm.size) * q.shape[1]
@@ -216,13 +218,19 @@ def with_ones(v, normalise):
     return concatenate((v, ones(v)), axis=2) if normalise else v
 
 
-def _check(q, k, v, causal, feature_map, normalise, chunks):
+def _check_layout(causal, layout):
+    if layout not in LAYOUTS or (causal and layout != "contiguous"):
+        raise ShapeError(f"layout {layout!r}: under the mask a rank must hold a run of tokens, layout='contiguous'")
+
+
+def _check(q, k, v, causal, layout, feature_map, normalise, chunks):
     """Refuse what the kernels cannot take, and say what was given."""
     if not isinstance(causal, (bool, np.bool_)):
         raise ShapeError(
             f"causal is a {type(causal).__name__}, not True or False: a mask of linear attention multiplies, and there "
             "is no softmax that would turn an added -inf into 0"
         )
+    _check_layout(causal, layout)
     if not q.ndim == k.ndim == v.ndim == 3 or q.shape != k.shape or k.shape[:2] != v.shape[:2]:
         raise ShapeError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must be (heads, tokens, d): the same heads "
@@ -234,48 +242,3 @@ def _check(q, k, v, causal, feature_map, normalise, chunks):
         raise ShapeError(f"features {feature_map!r} may sum to 0: normalise=True needs feature_map='elu'")
     if not isinstance(chunks, int) or chunks < 1 or k.shape[1] % chunks:
         raise ShapeError(f"{k.shape[1]} tokens of a rank do not divide into {chunks} chunks")
-
-
-# ---- what it takes ---------------------------------------------------------------------------------------------------
-
-
-def predict_time(size, tokens, heads, d, device, link, scheme="lasp2", *, collective="ring", dtype="float16"):
-    """Seconds of the causal forward pass, one chunk a rank, identity features, on a full mesh.
-
-    tokens       of one rank                       d           d_k = d_v, of one head
-    device       hardware.Device                   link        hardware.Link of each pair of ranks
-    scheme       "lasp2" or "lasp1"                collective  "ring", "tree" (recursive doubling) or "direct"
-    raises       ShapeError  an unknown scheme or collective
-    """
-    x = like((heads, tokens, d), dtype)
-    states = chunk_states(x, x)
-    state, out = total(states), inside(x, x, x)
-    before, behind = (_seconds(device, *call) for call in ((chunk_states, x, x), (inside, x, x, x, states)))
-    after = _seconds(device, add_through, out, x, state) + _seconds(device, rounded, out, x, False)
-    if scheme == "lasp1":
-        hop, update = message_time(link, state.nbytes), _seconds(device, combine, state, state)
-        first = before + behind + _seconds(device, sum_of, state[None], 0, 0) + after  # its past is zeros
-        last = before + max(behind, hop) + (size - 2) * (update + hop) + after
-        return max(first, last) if size > 1 else first
-    rounds = {  # states in each message that waits for the one before
-        "ring": [1] * (size - 1),
-        "tree": [min(2**i, size - 2**i) for i in range((size - 1).bit_length())],
-        "direct": [1] * (size > 1),
-    }
-    if scheme != "lasp2" or collective not in rounds:
-        raise ShapeError(f"scheme {scheme!r} with collective {collective!r}: give lasp1 or lasp2, {', '.join(rounds)}")
-    gathering = sum(message_time(link, n * state.nbytes) for n in rounds[collective])
-    joining = _seconds(device, concatenate, (state[None],) * size)
-    adding = _seconds(device, sum_of, like((size, *state.shape), state.dtype), 0, size - 1)
-    return before + max(behind, gathering) + joining + adding + after
-
-
-def message_time(link, nbytes):
-    """Seconds of a message that has the link to itself."""
-    return max(link.floor, link.latency + nbytes / min(link.bandwidth, link.flow_cap))
-
-
-def _seconds(device, kernel, *args):
-    """Of one call of a kernel."""
-    cost = Cost(*kernel.cost(*args))
-    return device.seconds(cost.flops, cost.bytes, cost.dtype or first_array(args).dtype, cost.kind)
