@@ -288,9 +288,9 @@ def test_a_method_that_hides_its_messages_computes():
 def test_partial_results_that_must_be_merged_are_named_as_work():
     slow_memory = hardware.Device("slow memory", flops=math.inf, memory_bandwidth=1e6)
     results, _ = recommend.compare(TINY, 256, switch(device=slow_memory))
-    least = min(one.work for one in results)
+    frugal = min(results, key=lambda one: one.work)
     ring = next(one for one in results if one.method == "ring, zigzag")
-    assert "partial results to merge" in recommend.reason(ring, least)
+    assert f"more than {frugal.method}: smaller kernels, copies and merges" in recommend.reason(ring, frugal)
 
 
 def test_half_duplex_links_are_counted_as_the_one_medium_that_they_are():
@@ -314,8 +314,8 @@ def test_the_command_prints_the_ranking_with_a_reason_for_each_row(capsys):
     out = capsys.readouterr().out
     results, _ = recommend.compare(catalogue.model("llama-7b"), 8192, catalogue.cluster("a100x4"))
     results = [one for one in results if one.softmax]
-    least = min(one.work for one in results)
-    places = [out.index(f"{i}  {one.method}: {recommend.reason(one, least)}.") for i, one in enumerate(results, 1)]
+    frugal = min(results, key=lambda one: one.work)
+    places = [out.index(f"{i}  {one.method}: {recommend.reason(one, frugal)}.") for i, one in enumerate(results, 1)]
     assert places == sorted(places)
     assert f"Best: {results[0].method}," in out and "Refused" not in out
 

@@ -21,20 +21,18 @@ __all__ = ["Refusal", "Result", "add_command", "compare", "reason", "report", "r
 # ---- reasons ---------------------------------------------------------------------------------------------------------
 
 
-def reason(result, least_work=None):
+def reason(result, frugal=None):
     """One sentence: where the time of a layer goes.
 
-    least_work   seconds that the average rank computes under the most frugal method; None: not compared
+    frugal   the Result that computes least; None: not compared
     """
     lost, total = max(result.imbalance, result.waiting), result.seconds
     if lost < 0.05 * total:
-        return _of_compute(result, least_work)
+        return _of_compute(result, frugal or result)
     if result.imbalance >= result.waiting:
         rank = result.computed.index(max(result.computed))
-        return (
-            f"unbalanced: rank {rank} computes {seconds(result.computed[rank])}, the average {seconds(result.work)}, "
-            "because its tokens come later and see more keys"
-        )
+        computes = f"rank {rank} computes {seconds(result.computed[rank])}, the average {seconds(result.work)}"
+        return f"unbalanced: {computes}, and all wait for it"
     link = result.busiest
     carries = f"{link.name} carries {size(link.bytes)}"
     if link.seconds > 0.8 * total:
@@ -46,13 +44,11 @@ def reason(result, least_work=None):
     return f"{waits}, for messages that depend on each other: {carries}, only {seconds(link.seconds)} at its speed"
 
 
-def _of_compute(result, least_work):
+def _of_compute(result, frugal):
     link, share = result.busiest, result.work / result.seconds
-    if least_work and result.work > 1.05 * least_work:
-        return (
-            f"computes {share:.0%} of the time, {seconds(result.work - least_work)} more than need be: more kernels, "
-            "and partial results to merge"
-        )
+    if result.work > 1.05 * frugal.work:
+        more = f"{seconds(result.work - frugal.work)} more than {frugal.method}"
+        return f"computes {share:.0%} of the time, {more}: smaller kernels, copies and merges"
     if not link.bytes:
         return f"computes {share:.0%} of the time and sends nothing"
     busy = f"busy {link.seconds / result.seconds:.0%} of it"
@@ -106,13 +102,13 @@ def report(model, tokens, cluster, results, refusals, training=True):
     lines = [head, ""]
     others, results = [one for one in results if not one.softmax], [one for one in results if one.softmax]
     if results:
-        best, least = results[0], min(result.work for result in results)
+        best, frugal = results[0], min(results, key=lambda result: result.work)
         rows = [_row(place, result, best) for place, result in enumerate(results, 1)]
         rows += [_row("*", result, best) for result in others]
         lines.append(text.table(rows, HEADERS))
         if others:
             lines.append("*  linear attention: another function, so it is not ranked; compare its time and bytes only")
-        lines += ["", *(f"{i}  {r.method}: {reason(r, least)}." for i, r in enumerate(results, 1))]
+        lines += ["", *(f"{i}  {r.method}: {reason(r, frugal)}." for i, r in enumerate(results, 1))]
         step = model.layers * best.seconds
         lines += ["", f"Best: {best.method}, {seconds(step)} for {model.layers} layers, {tokens / step:,.0f} tokens/s; "
                       f"{size(best.memory)} of {capacity} a device."]  # fmt: skip
