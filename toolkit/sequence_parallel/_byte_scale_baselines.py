@@ -5,6 +5,8 @@ Chapter: sequence_parallel/byte_scale.
 
 from math import ceil, inf
 
+import numpy as np
+
 from ._byte_scale_plan import MicroBatch, Plan, pack_best_fit
 
 
@@ -20,12 +22,10 @@ def plan_static(batch, C, R, cost, longest=None):
     cp = next((n for n in range(row, R + 1) if R % n == 0), None)
     if cp is None:
         raise ValueError(f"a context of {row * C:,} tokens takes {row} ranks of {C:,} tokens; there are {R}")
+    batch = [int(s) for s in batch]
     packs, rows = pack_best_fit(batch, cp * C), [tuple(range(first, first + cp)) for first in range(0, R, cp)]
     return Plan(
-        [
-            MicroBatch(rows[number % len(rows)], tuple((i, int(batch[i])) for i in pack))
-            for number, pack in enumerate(packs)
-        ],
+        [MicroBatch(rows[number % len(rows)], tuple((i, batch[i]) for i in pack)) for number, pack in enumerate(packs)],
         R,
         cost,
     )
@@ -77,5 +77,10 @@ def _round(left, capacity, rows):
 
 def lower_bound(batch, C, R, cost):
     """Seconds that no plan with at most ⌈s/C⌉ ranks a sequence beats: communication free, no rank ever idle."""
-    longest = max(cost.work(s) / ceil(s / C) for s in batch)
-    return max(sum(map(cost.work, batch)) / R, longest)
+    s = np.asarray(batch, float)
+    return max(total_work(batch, cost) / R, float(np.max(cost.work(s) / np.ceil(s / C))))
+
+
+def total_work(batch, cost):
+    """Seconds that one rank would take for the batch, without packing: all layers, forward and backward."""
+    return float(np.sum(cost.work(np.asarray(batch, float))))

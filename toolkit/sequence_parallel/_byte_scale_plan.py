@@ -97,7 +97,7 @@ class Plan:
         """Rank-seconds of the step as shares of it: {"compute", "communication" (exposed), "waiting"}."""
         size = np.array([len(b.ranks) for b in self.micro_batches])
         compute, exposed = size @ self.seconds / (self.ranks * self.makespan())
-        return {"compute": compute, "communication": exposed, "waiting": 1 - compute - exposed}
+        return {"compute": compute, "communication": exposed, "waiting": max(0.0, 1 - compute - exposed)}
 
     @property
     def token_hops(self):

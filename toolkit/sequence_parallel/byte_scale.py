@@ -19,7 +19,7 @@ from math import ceil
 
 import numpy as np
 
-from ._byte_scale_baselines import lower_bound, plan_power_of_two, plan_static
+from ._byte_scale_baselines import lower_bound, plan_power_of_two, plan_static, total_work
 from ._byte_scale_cost import Cost, fit, llama_7b
 from ._byte_scale_execute import execute
 from ._byte_scale_lengths import length_sampler
@@ -29,7 +29,7 @@ from ._byte_scale_simulate import simulate
 __all__ = [
     "Cost", "MicroBatch", "Plan", "best_offload_ratio", "execute", "fit", "length_sampler", "llama_7b", "lower_bound",
     "needs", "pack_best_fit", "plan_balanced", "plan_naive", "plan_power_of_two", "plan_static", "ranks_needed",
-    "simulate",
+    "simulate", "total_work",
 ]  # fmt: skip
 
 
@@ -77,8 +77,11 @@ def needs(batch, C, R, cost, offload=True, stages=1, patience=1.0):
               work (in a pipeline, of a stage's), but never more than without offloading
     raises    ValueError  a sequence needs more than the R ranks, or has no token
     """
-    limit, found = patience * sum(map(cost.work, batch)) / R / stages, []
+    limit, found = patience * total_work(batch, cost) / R / stages, []
     for i, s in enumerate(map(int, batch)):
+        if 0 < s <= C:
+            found.append((0.0, 1))
+            continue
         most = ranks_needed(s, C, cost.layers, 0.0, cost.act)
         fewest = best_offload_ratio(s, C, cost)[1] if offload else most
         if fewest > R:
@@ -91,11 +94,11 @@ def needs(batch, C, R, cost, offload=True, stages=1, patience=1.0):
 # ---- which ranks -----------------------------------------------------------------------------------------------------
 
 
-def plan_naive(batch, C, R, cost, offload=True, stages=1, patience=1 / 8):
+def plan_naive(batch, C, R, cost, offload=True, stages=1, patience=1 / 16):
     """Algorithm 1: long sequences in order of arrival, then packs of short ones, round by round over the ranks.
 
     batch     tokens of each sequence         C     tokens a rank takes at a time         R     ranks, or pipelines
-    offload, stages, patience   as in `needs`; nobody balances here, so no sequence may take long: an eighth
+    offload, stages, patience   as in `needs`; nobody balances here, so no sequence may take long
     returns   Plan
     raises    ValueError  as `needs`
     """
@@ -151,7 +154,7 @@ def plan_balanced(batch, C, R, cost, delta=None, strategy="dp", offload=True, st
 def _buckets(batch, C, found, cost, count):
     """Buckets of (sequences, r, D), the longest first, each a stack whose top is its longest."""
     order = np.argsort(-np.asarray(batch), kind="stable")
-    work = np.cumsum([cost.work(batch[i]) for i in order])
+    work = np.cumsum(cost.work(np.asarray(batch, float)[order]))
     number = np.minimum((count * (work - work[0] / 2) / work[-1]).astype(int), count - 1)
     stacks = []
     for b in range(count):
