@@ -126,9 +126,16 @@ def pass_seconds(job, order, efficiency):
 
 def best(job, efficiency, capacity=hardware.A100.memory_capacity):
     """The fastest step over microbatches of 1, 2, 4, … sequences that fit in memory, as the paper tunes them."""
-    sizes = (replace(job, b=2**i) for i in range(5) if job.batch % (job.d * 2**i) == 0)
-    found = [j for j in sizes if j.microbatches % j.p == 0 and memory(j) <= capacity]
-    return min((step(j, efficiency) for j in found), key=lambda s: s.seconds)
+    found, size = None, 1
+    while job.batch % (job.d * size) == 0:
+        tried = replace(job, b=size)
+        if tried.microbatches % job.p or memory(tried) > capacity:
+            break
+        this = step(tried, efficiency)
+        if found is not None and this.seconds >= found.seconds:
+            break
+        found, size = this, 2 * size
+    return found
 
 
 def memory(job):
@@ -221,7 +228,7 @@ def all_reduce_seconds(ranks, per_node, numbers):
 @cache
 def fitted(job, rate):
     """The share of the peak that products must attain for `job` to reach `rate` operations/s and GPU."""
-    return brentq(lambda share: best(job, share).rate - rate, 0.2, 1.0, xtol=1e-4)
+    return brentq(lambda share: best(job, share).rate - rate, 0.2, 1.0, xtol=1e-3)
 
 
 # ---- the rival: ZeRO's third stage -----------------------------------------------------------------------------------

@@ -102,19 +102,14 @@ def interleaved(stages, microbatches, chunks):
     if chunks == 1:
         return one_f_one_b(stages, microbatches)
     total, group = microbatches * chunks, stages * chunks
-
-    def forward(k):
-        return Pass("F", k // group * stages + k % stages, k % group // stages)
-
-    def backward(k):
-        return forward(k)._replace(kind="B", chunk=chunks - 1 - forward(k).chunk)
+    turns = [(k // group * stages + k % stages, k % group // stages) for k in range(total)]
+    forward = [Pass("F", k, chunk) for k, chunk in turns]
+    backward = [Pass("B", k, chunks - 1 - chunk) for k, chunk in turns]
 
     def order(rank):
-        return _in_turn(
-            warm_up=total if microbatches == stages else min(2 * (stages - rank - 1) + (chunks - 1) * stages, total),
-            forward=list(map(forward, range(total))),
-            backward=list(map(backward, range(total))),
-        )
+        everything = microbatches == stages
+        warm_up = total if everything else min(2 * (stages - rank - 1) + (chunks - 1) * stages, total)
+        return _in_turn(warm_up, forward, backward)
 
     name = f"interleaved 1F1B, {chunks} chunks"
     return Schedule(name, microbatches, tuple(map(order, range(stages))), _loop(stages, chunks))

@@ -83,8 +83,11 @@ def scattered(tp):
 
     All t ranks hold the same activations, and each has a NIC: t copies would cross, and one suffices.
     """
-    n = lambda x, i: len(x) * i // tp.size  # noqa: E731
-    return lambda x: x[n(x, tp.rank) : n(x, tp.rank + 1)], partial(layers.all_gather, tp)
+
+    def part(x):
+        return x[len(x) * tp.rank // tp.size : len(x) * (tp.rank + 1) // tp.size]
+
+    return part, partial(layers.all_gather, tp)
 
 
 def descend(weights, grads, rate):
