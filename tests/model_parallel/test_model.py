@@ -162,7 +162,7 @@ def test_an_edge_with_a_wrong_operator_is_caught(broken):
 
 
 def test_a_tied_embedding_that_is_not_summed_is_caught(monkeypatch):
-    monkeypatch.setattr(_model, "_sum_tied", lambda plan, grads: grads)
+    monkeypatch.setattr(_model, "_sum_tied", lambda plan, grads: None)
     assert worst(run({"pp": 2}, _schedule.gpipe(2, 2), tied=True), tied=True) > 1e-3
 
 

@@ -144,6 +144,8 @@ class Plan:
     tied                      the embedding is the output layer, too
     layer                     KEEP, or RECOMPUTE to keep a block's input only
     travel                    how activations go from stage to stage: pack, unpack, overlap (see `_pipeline.run`)
+    across                    (comm, grads of a chunk) -> their sum over ranks with other tokens: `summed`, or what
+                              keeps a part of it (`_zero.across`)
     """
 
     grid: Any
@@ -152,6 +154,7 @@ class Plan:
     tied: bool = False
     layer: Layer = KEEP
     travel: Mapping = field(default_factory=dict)
+    across: Callable | None = None
 
 
 def loss_and_gradients(plan, chunks, tokens, targets, total):
@@ -186,15 +189,16 @@ def loss_and_gradients(plan, chunks, tokens, targets, total):
 
 
 def sum_gradients(plan, grads):
-    """The shares of all ranks that have the same weights added up: over ranks with other tokens; of norms that saw some
-    tokens only (SEQUENCE), over `tp`; of a tied embedding, over its two copies."""
+    """The shares of all ranks that have the same weights added up: of norms that saw some tokens only (SEQUENCE), over
+    `tp`; of a tied embedding, over its two copies; of everything, over ranks with other tokens."""
     data, tp = plan.grid.along("cp", "ep", "dp"), plan.grid.tp
     if plan.setting.edge is layers.SEQUENCE:
         for chunk in grads:
             for part in (*chunk["layers"], chunk):
                 part |= {name: layers.all_reduce(tp, part[name]) for name in (*NORMS, "norm") if name in part}
-    grads = [summed(data, chunk) for chunk in grads]
-    return _sum_tied(plan, grads) if plan.tied else grads
+    if plan.tied:
+        _sum_tied(plan, grads)
+    return [(plan.across or summed)(data, chunk) for chunk in grads]
 
 
 def _sum_tied(plan, grads):
@@ -206,7 +210,6 @@ def _sum_tied(plan, grads):
     elif first != last and rank in (first, last):
         mine = grads[a if rank == first else b]
         mine["embedding"] = layers.all_reduce(plan.grid.pp.group((first, last)), mine["embedding"])
-    return grads
 
 
 def add_up(total, share):

@@ -1,7 +1,7 @@
 """Megatron-LM's claims. One number is fitted, on one row of its table; the other rows and figures are predictions.
 
-The paper's text was not at hand. Its table agrees with its own formulas to 0.5 % (parameters, and the total rate against
-the rate a GPU), tested; the settings of its figures carry less certainty.
+The paper's text was not at hand. Its table agrees with its own formulas to 0.5 % (parameters, and the total rate
+against the rate a GPU), tested; the settings of its figures carry less certainty.
 Chapter: model_parallel/megatron.
 """
 
