@@ -13,7 +13,7 @@ from toolkit.runtime import Cluster, hardware, like, per_rank, shard, topology
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _boundaries as boundaries
-from toolkit.sequence_parallel import _gathered, ring_attention, token_ring, ulysses
+from toolkit.sequence_parallel import _gathered, _methods, ring_attention, token_ring, ulysses
 from toolkit.sequence_parallel import _megatron_sp as megatron
 from toolkit.sequence_parallel._compare import compare
 from toolkit.sequence_parallel._methods import methods
@@ -260,3 +260,10 @@ def test_all_gather_attention_refuses_stripes():
     x = shard(like((2, 16, 8)), 1, "striped")
     with pytest.raises(ShapeError, match="takes contiguous and zigzag runs"):
         Cluster(topology.switch(2, hardware.NVLINK4)).run(_gathered.attention, x, x, x, causal=True, layout="striped")
+
+
+def test_token_ring_on_nodes_refuses_stripes_backward():
+    x = like((2, 8, 8))
+    with pytest.raises(ShapeError, match="contiguous and zigzag"):
+        on = {"nodes": 1, "causal": True, "layout": "striped"}
+        _methods.token_ring_on_nodes_backward(None, x, x, x, x, x[:, :, 0], x, **on)
