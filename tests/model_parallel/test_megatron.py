@@ -152,14 +152,19 @@ def test_data_parallelism_talks_once_a_batch_whatever_the_microbatches(microbatc
     assert sent.sum() == 4 * megatron.gradient_bytes(4, numbers, itemsize=8) + 2 * 3 * 8  # and the loss, one number
 
 
-@pytest.mark.parametrize(
-    "grid, silent",
-    [({"d": 2}, ("activations", "gradients")), ({"p": 2, "d": 1}, ()), ({"t": 2}, ("activations",))],
-    ids=str,
-)
-def test_an_axis_of_size_1_sends_nothing(grid, silent):
-    names = {e.name for e in train(**grid).trace if e.kind == "send"}
-    assert not names & set(silent)
+@pytest.mark.parametrize("t, d", [(2, 1), (1, 2), (2, 2)])
+def test_one_stage_sends_no_activations_and_no_gradients_of_them(t, d):
+    assert {e.name for e in train(t=t, d=d).trace if e.kind == "send"} == {"all_reduce"}
+
+
+def test_a_pipeline_alone_sums_a_tied_embedding_and_the_loss_and_nothing_else():
+    sums = [e.bytes for e in train(p=2).trace if e.kind == "send" and e.name == "all_reduce"]
+    assert sum(sums) == 2 * model(True)[0]["embedding"].nbytes + 2 * 8
+
+
+def test_two_stages_with_an_embedding_each_sum_the_loss_only():
+    sums = [e.bytes for e in train(p=2, tied=False).trace if e.kind == "send" and e.name == "all_reduce"]
+    assert sum(sums) == 2 * 8
 
 
 def test_one_rank_and_one_microbatch_send_nothing():

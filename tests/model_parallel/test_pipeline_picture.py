@@ -40,6 +40,6 @@ def test_rows_are_as_long_as_their_passes():
 
 def test_memory_bars_of_two_pictures_can_share_a_scale():
     widths = [
-        float(re.search(r'fill-opacity=".5" d="M84 \d+h([\d.]+)', drawn(s, full=8).svg)[1]) for s in SCHEDULES[:2]
+        float(re.search(r'fill-opacity=".5" d="M98 \d+h([\d.]+)', drawn(s, full=8).svg)[1]) for s in SCHEDULES[:2]
     ]
-    assert widths == [54, 27]
+    assert widths == [44, 22]

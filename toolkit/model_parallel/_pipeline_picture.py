@@ -13,7 +13,7 @@ from toolkit.show.picture import bar, drawn, label, number
 from ._schedule import makespan, peaks, times
 
 WIDTH, LEFT, RIGHT, TALL, STEP = 720, 150, 706, 16, 20  # px
-MEMORY = 54  # px: the longest memory bar
+MEMORY, BAR = 44, 98  # px: the longest memory bar, where it starts
 COLOURS = {"F": INK.blue, "B": INK.orange}
 OTHER = INK.green
 
@@ -31,13 +31,13 @@ def draw(schedule, seconds, hop=0.0, until=None, full=None):
     kept = [n / chunks for n in peaks(schedule)]
     axis = TimeAxis(until or total, LEFT, RIGHT)
     bottom = 42 + STEP * len(schedule.passes)
-    body = [*_legend(found), label(84, 34, "kept", "m"), *axis.lines(38, bottom)]
+    body = [*_legend(found), label(BAR, 34, "kept", "m"), *axis.lines(38, bottom)]
     for rank, n in enumerate(kept):
         y = 42 + STEP * rank
         body.append(label(4, y + 12, f"rank {rank}", "m"))
         width = MEMORY * n / (full or max(kept))
-        body.append(f'<path fill="{INK.grey}" fill-opacity=".5" d="{bar(84, y + 2, width, TALL - 4)}"/>')
-        body.append(label(86, y + 12, f"{n:.3g}", "m"))
+        body.append(f'<path fill="{INK.grey}" fill-opacity=".5" d="{bar(BAR, y + 2, width, TALL - 4)}"/>')
+        body.append(label(BAR - 6, y + 12, f"{n:.3g}", "m e"))
     body += _bars(found, schedule, axis, chunks)
     end = number(axis.x(total))
     body.append(f'<path class="k" stroke-dasharray="4 2" d="M{end} 38V{bottom}"/>')
@@ -53,12 +53,13 @@ def _bars(found, schedule, axis, chunks):
         line = f"M{number(x + gap / 2)} {y + TALL // 2}h{number(max(width - gap, 0.3))}"
         shapes[step.kind, step.chunk].append(line)
         if width >= 11 and len(found) <= 200:
-            numbers.append(f'<text x="{number(x + width / 2)}" y="{y + 12}">{step.microbatch}</text>')
+            dark = "" if step[::2] == ("F", 0) else ' style="fill:#000"'
+            numbers.append(f'<text x="{number(x + width / 2)}" y="{y + 12}"{dark}>{step.microbatch}</text>')
     for (kind, chunk), paths in sorted(shapes.items()):
         shade = 1 - 0.55 * chunk / max(1, chunks - 1) if chunks > 1 else 1
         look = f'stroke="{COLOURS.get(kind, OTHER)}" stroke-width="{TALL}" stroke-opacity="{shade:.2f}"'
         yield f'<path {look} d="{"".join(paths)}"/>'
-    yield f'<g class="v" style="fill:currentColor">{"".join(numbers)}</g>'
+    yield f'<g class="v">{"".join(numbers)}</g>'
 
 
 def _legend(found):
