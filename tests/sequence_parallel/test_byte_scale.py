@@ -1,5 +1,6 @@
 """ByteScale: exact under any assignment, within memory, as fast as its cost model says, and never below the bound."""
 
+import re
 from dataclasses import replace
 from math import ceil
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from toolkit.runtime.errors import DeadlockError
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _byte_scale_execute as execution
 from toolkit.sequence_parallel import _byte_scale_lengths as lengths
+from toolkit.sequence_parallel import _byte_scale_picture as picture
 from toolkit.sequence_parallel import _byte_scale_simulate as simulation
 from toolkit.sequence_parallel import byte_scale as bs
 from toolkit.sequence_parallel._byte_scale_cost import MEASURED
@@ -195,6 +197,11 @@ def test_the_best_ratio_is_the_smallest_that_reaches_the_fewest_ranks(s):
     assert min(q for q, d in by_search.items() if d == ranks) - 1 / 2000 <= r <= max(hidden) + 1e-12
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_two_layers_are_too_few_to_offload(layers):
+    assert bs.best_offload_ratio(M, 16 * K, replace(LLAMA, layers=layers)) == (0.0, 64)
+
+
 def test_short_sequences_stay_on_the_device():
     assert bs.best_offload_ratio(8 * K, 8 * K, LLAMA) == (0.0, 1)
 
@@ -232,7 +239,7 @@ BATCHES = st.builds(
 def test_plans_cover_the_batch_within_every_rank_s_memory(batch, scheme):
     plan = SCHEMES[scheme](batch, 16 * K, 32, LLAMA)
     plan.check(batch, 16 * K)
-    assert all(b.r or sum(b.lengths) <= 16 * K * len(b.ranks) for b in plan.micro_batches)
+    assert all(b.r or sum(b.padded) <= 16 * K * len(b.ranks) for b in plan.micro_batches)
 
 
 @settings(max_examples=15, deadline=None)
@@ -290,19 +297,19 @@ def test_any_number_of_ranks_works_96_for_one_sequence_and_32_alone():
     assert simulation.simulate(plan).makespan == pytest.approx(plan.makespan(), rel=1e-9)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_pp_balance_keeps_a_pipeline_at_one_length_level_and_fast_pipelines_take_more(seed):
     batch, spread, most = bs.length_sampler("github", 256 * K, seed, 32 * M), {}, {}
     for strategy in ("dp", "pp"):
-        plan = bs.plan_balanced(batch, 16 * K, 32, LLAMA, strategy=strategy, stages=4, patience=1 / 8)
-        seconds = [[] for _ in range(32)]
+        plan = bs.plan_balanced(batch, 16 * K, 128, LLAMA, strategy=strategy, stages=4)
+        seconds = [[] for _ in range(128)]
         for micro_batch, time in zip(plan.micro_batches, plan.seconds.sum(axis=1), strict=True):
             for rank in micro_batch.ranks:
                 seconds[rank].append(time)
         spread[strategy] = np.mean([np.std(times) / np.mean(times) for times in seconds])
         most[strategy] = max(map(len, seconds)) / min(map(len, seconds))
-    assert spread["pp"] < 0.85 * spread["dp"]
-    assert most["pp"] > 2 > 1.2 > most["dp"]
+    assert spread["pp"] < 0.5 * spread["dp"]
+    assert most["pp"] > 5 > 2 > most["dp"]
 
 
 @settings(deadline=None)
@@ -347,6 +354,18 @@ def test_twelve_thousand_ranks_come_within_a_hundredth_of_the_bound():
 def test_bad_input_is_refused_by_name(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_chart_has_a_bar_for_each_run_of_ranks_and_says_the_shares():
+    ranks = [(0, 1, 3), (2,), (4, 5)]
+    plan = bs.Plan([bs.MicroBatch(r, ((i, 32 * K),)) for i, r in enumerate(ranks)], 6, LLAMA)
+    chart = picture.gantt(plan, "mine", {"mine": plan})
+    bars = {
+        style: re.findall(rf'<path style="{style}" d="(M[^"]*)"/>', chart.svg)[-1].count("M")  # the first is the legend
+        for style in (picture.PACKS, picture.RINGS, picture.LATE)
+    }
+    assert bars == {picture.PACKS: 1, picture.RINGS: 3, picture.LATE: 3}  # 0–1, 3 and 4–5 are three pieces
+    assert all(f"{share:.0%} {what}" in chart.words for what, share in plan.shares.items())
 
 
 # ---- on the machine --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from math import ceil, inf
 
 import numpy as np
 
-from ._byte_scale_plan import MicroBatch, Plan, pack_best_fit
+from ._byte_scale_plan import MicroBatch, Plan, pack_best_fit, padded
 
 
 def plan_static(batch, C, R, cost, longest=None):
@@ -23,7 +23,8 @@ def plan_static(batch, C, R, cost, longest=None):
     if cp is None:
         raise ValueError(f"a context of {row * C:,} tokens takes {row} ranks of {C:,} tokens; there are {R}")
     batch = [int(s) for s in batch]
-    packs, rows = pack_best_fit(batch, cp * C), [tuple(range(first, first + cp)) for first in range(0, R, cp)]
+    room = [min(padded(s, cp), cp * C) for s in batch]  # of memory: with padding
+    packs, rows = pack_best_fit(room, cp * C), [tuple(range(first, first + cp)) for first in range(0, R, cp)]
     return Plan(
         [MicroBatch(rows[number % len(rows)], tuple((i, batch[i]) for i in pack)) for number, pack in enumerate(packs)],
         R,
@@ -48,7 +49,7 @@ def plan_power_of_two(batch, C, R, cost):
         for cp in (1 << k for k in range(R.bit_length())):
             if cp * C < left[0][0]:
                 continue
-            packs = _round(left, cp * C, R // cp)
+            packs = _round(left, C, cp, R // cp)
             slowest = max(sum(cost.micro_batch([s for s, _ in pack], cp)) for pack in packs)
             rate = sum(cost.work(s) for pack in packs for s, _ in pack) / slowest
             if rate > best:
@@ -63,15 +64,16 @@ def plan_power_of_two(batch, C, R, cost):
     return Plan(micro_batches, R, cost)
 
 
-def _round(left, capacity, rows):
+def _round(left, C, cp, rows):
     """One pack for each row: the longest sequences left, each where there is most room."""
-    packs, room = [[] for _ in range(rows)], [capacity] * rows
+    packs, room = [[] for _ in range(rows)], [cp * C] * rows
     for s, i in left:
         row = max(range(rows), key=room.__getitem__)
-        if room[row] < s:
+        size = min(padded(s, cp), cp * C)
+        if room[row] < size:
             break
         packs[row].append((s, i))
-        room[row] -= s
+        room[row] -= size
     return [pack for pack in packs if pack]
 
 

@@ -2,7 +2,11 @@
 
 A group's sequences lie side by side in one array, each in zigzag order over the group's ranks. Keys of all of them
 travel in one message, and each attends to itself alone: on one rank that is a block-diagonal causal mask without any
-message. Groups are formed of any ranks inside the one communicator. Chapter: sequence_parallel/byte_scale.
+message. Groups are formed of any ranks inside the one communicator.
+
+Each sequence is a kernel call of its own, where a kernel for varied lengths would take all at once: a static pack of
+hundreds of sequences pays for launches that the cost model does not count. Gradients are all-reduced at the end; the
+paper scatters them to the shards of its optimiser (ZeRO-1), half the bytes. Chapter: sequence_parallel/byte_scale.
 """
 
 from collections import Counter

@@ -6,7 +6,7 @@ circle. Chapter: sequence_parallel/byte_scale.
 
 from bisect import bisect_left, insort
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -67,6 +67,7 @@ class Plan:
     micro_batches: list
     ranks: int
     cost: Cost
+    _flows: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def of(self, rank):
         """The micro-batches of one rank, in order."""
@@ -83,10 +84,12 @@ class Plan:
         returns   (starts, ends, free): start in the first and end in the last stage of each micro-batch, seconds;
                   when each rank's last stage is done
         """
-        free, times = np.zeros((self.ranks, stages)), np.empty((2, len(self.micro_batches)))
-        for i, (batch, seconds) in enumerate(zip(self.micro_batches, self.seconds.sum(axis=1), strict=True)):
-            times[:, i] = through(free, list(batch.ranks), seconds)
-        return *times, free[:, -1]
+        if stages not in self._flows:
+            free, times = np.zeros((self.ranks, stages)), np.empty((2, len(self.micro_batches)))
+            for i, (batch, seconds) in enumerate(zip(self.micro_batches, self.seconds.sum(axis=1), strict=True)):
+                times[:, i] = through(free, list(batch.ranks), seconds)
+            self._flows[stages] = *times, free[:, -1]
+        return self._flows[stages]
 
     def makespan(self, stages=1):
         """Seconds until the last rank is done. The reduction of gradients, the same for every plan, is left out."""

@@ -7,11 +7,12 @@ is scaled by 1 / (tokens of the whole batch) and gradients are summed: exact, wh
 
 D(s) falls with r, the share of activations that waits in host memory (Eq. 3). First-in-last-out: a layer's share leaves
 while the next layer computes. We read the 2 of Eq. 3 as the layer that computes and the one whose share is on its way;
-the last layer stays. Keeping the first one too, as our notes on the paper have it, would exceed Eq. 3 by r·Act(s).
-A converted copy of the paper has one more lower bound on r whose direction contradicts its purpose; we leave it out.
+the last layer stays. Were the first to stay as well, the peak would exceed Eq. 3 by r·Act(s).
+A further lower bound on r, in the copy at hand, points the wrong way: we leave it out.
 
 Ours, beside the paper: D(s) is the *fewest* ranks; where a sequence would then outlast the average rank, `needs` gives
-it more, up to ⌈s/C⌉. A bootstrap for Algorithm 2, which at its start has no rank that lags behind.
+it more, up to ⌈s/C⌉, and `plan_balanced` keeps the best of a few such choices. Algorithm 2 at its start has no rank
+that lags behind: then all ranks are served.
 Source: Ge et al. 2025, arXiv 2502.21231, Eq. 3 and Algorithms 1 and 2. Chapter: sequence_parallel/byte_scale.
 """
 
@@ -31,6 +32,9 @@ __all__ = [
     "needs", "pack_best_fit", "plan_balanced", "plan_naive", "plan_power_of_two", "plan_static", "ranks_needed",
     "simulate", "total_work",
 ]  # fmt: skip
+
+
+PATIENCE = (1, 1 / 2, 1 / 4, 1 / 8, 0)  # what `plan_balanced` tries
 
 
 # ---- how many ranks --------------------------------------------------------------------------------------------------
@@ -56,7 +60,7 @@ def best_offload_ratio(s, C, cost):
     A layer's copy must hide behind a layer's forward pass: T(s) ≥ r·Act(s) / B. Both sides shrink alike on D ranks.
     raises    ValueError  s < 1
     """
-    if s <= C:
+    if s <= C or cost.layers <= 2:  # too few layers for one to leave
         return 0.0, ranks_needed(s, C, cost.layers, 0.0, cost.act)
     most = min(1.0, cost.seconds(s) * cost.host / cost.act(s))
     ranks = ranks_needed(s, C, cost.layers, most, cost.act)
@@ -74,7 +78,7 @@ def needs(batch, C, R, cost, offload=True, stages=1, patience=1.0):
 
     offload   False: r = 0 and D = ⌈Act(s)/Act(C)⌉ throughout
     patience  a sequence gets more ranks than Eq. 3's fewest while it takes longer than this share of the average rank's
-              work (in a pipeline, of a stage's), but never more than without offloading
+              work (in a pipeline, of a stage's), but never more than without offloading; 0: as many as without
     raises    ValueError  a sequence needs more than the R ranks, or has no token
     """
     limit, found = patience * total_work(batch, cost) / R / stages, []
@@ -86,7 +90,7 @@ def needs(batch, C, R, cost, offload=True, stages=1, patience=1.0):
         fewest = best_offload_ratio(s, C, cost)[1] if offload else most
         if fewest > R:
             raise ValueError(f"sequence {i} of {s:,} tokens needs {fewest} ranks of {C:,} tokens; there are {R}")
-        ranks = min(max(fewest, ceil(cost.work(s) / limit)), most, R)
+        ranks = min(max(fewest, ceil(cost.work(s) / limit)), most, R) if limit else most
         found.append((least_ratio(s, C, ranks, cost) if ranks < most else 0.0, ranks))
     return found
 
@@ -115,28 +119,40 @@ def plan_naive(batch, C, R, cost, offload=True, stages=1, patience=1 / 16):
     return Plan(micro_batches, R, cost)
 
 
-def plan_balanced(batch, C, R, cost, delta=None, strategy="dp", offload=True, stages=1, patience=1.0, buckets=8):
+def plan_balanced(batch, C, R, cost, delta=None, strategy="dp", offload=True, stages=1, buckets=8):
     """Algorithm 2: sequences sorted by length, given to the ranks that lag behind by the cost model.
 
-    delta      seconds; a rank that lags less than this behind the busiest takes nothing while others lag more.
-               Default: what a full pack takes
+    delta      seconds; "pp": a rank that lags less than this behind the busiest takes nothing while others lag more.
+               Default: what a full pack takes. "dp" serves the least busy ranks, so it needs no threshold
     strategy   "dp": all ranks take from the longest bucket that is left: one length level at a time
-               "pp": sequences come from all buckets in turn, and a rank stays with its bucket as long as it can, so
-               that the micro-batches that follow each other in its pipeline take equally long
-    offload, stages, patience   as in `needs`; each of the R ranks is a pipeline of `stages` stages
+               "pp": each rank stays with a bucket of its own as long as it can, so that the micro-batches that follow
+               each other in its pipeline take equally long
+    offload    False: r = 0 throughout
+    stages     each of the R ranks is a pipeline of so many stages
     buckets    how many, of about equal total work
-    returns    Plan
+    returns    Plan: of a few values of `patience`, the first that ends within 2 % of the bound, or else the best
     raises     ValueError  as `needs`; an unknown strategy
     """
     if strategy not in ("dp", "pp"):
         raise ValueError(f"strategy={strategy!r} is neither 'dp' nor 'pp'")
     delta = 3 * cost.layers * cost.seconds(C) if delta is None else delta
-    waiting = _buckets(batch, C, needs(batch, C, R, cost, offload, stages, patience), cost, buckets)
+    plans = []
+    for patience in PATIENCE if offload else (0.0,):
+        found = needs(batch, C, R, cost, offload, stages, patience)
+        waiting = _buckets(batch, C, found, cost, buckets)
+        plans.append(assign(waiting, R, cost, delta, strategy, stages))
+        if plans[-1][0] <= 1.02 * lower_bound(batch, C, R, cost) / stages:
+            break
+    return min(plans, key=lambda plan: plan[0])[1]
+
+
+def assign(waiting, R, cost, delta, strategy, stages):
+    """Empty the buckets onto ranks. Returns (seconds until the last rank is done, Plan)."""
     free, level, micro_batches = np.zeros((R, stages)), np.full(R, -1), []
     busy = free[:, -1]
     while any(waiting):
         if strategy == "dp":
-            bucket = next(b for b in range(buckets) if waiting[b])
+            bucket = next(b for b, left in enumerate(waiting) if left)
         else:
             bucket = _level_of(level[np.argmin(busy)], level, waiting)
         sequences, r, ranks = waiting[bucket].pop()
@@ -148,7 +164,7 @@ def plan_balanced(batch, C, R, cost, delta=None, strategy="dp", offload=True, st
         level[chosen] = bucket
         micro_batches.append(MicroBatch(tuple(chosen.tolist()), tuple(sequences), r))
         through(free, chosen, sum(cost.micro_batch(micro_batches[-1].padded, ranks, r)))
-    return Plan(micro_batches, R, cost)
+    return busy.max(initial=0.0), Plan(micro_batches, R, cost)
 
 
 def _buckets(batch, C, found, cost, count):

@@ -36,8 +36,7 @@ def plan(scheme, kind="github", longest=2 * M, seed=0, stages=1):
         return bs.plan_power_of_two(*common)
     if name == "naive":
         return bs.plan_naive(*common, offload=offload, stages=stages)
-    strategy, patience = ("pp" if name == "pp" else "dp"), (1.0 if stages == 1 else 1 / 8)
-    return bs.plan_balanced(*common, strategy=strategy, offload=offload, stages=stages, patience=patience)
+    return bs.plan_balanced(*common, strategy="pp" if name == "pp" else "dp", offload=offload, stages=stages)
 
 
 @cache
