@@ -26,7 +26,7 @@ ALGORITHMS = {
     "all_gather": ("ring", "recursive_doubling"),
     "reduce_scatter": ("ring", "recursive_halving"),
     "all_reduce": ("ring", "recursive_doubling", "hierarchical"),
-    "all_to_all": ("pairwise", "direct"),
+    "all_to_all": ("direct", "pairwise"),
     "barrier": ("dissemination",),
 }
 EVERY = [(name, algorithm) for name, algorithms in ALGORITHMS.items() for algorithm in algorithms]

@@ -13,8 +13,8 @@ Ring algorithms move the least bytes; logarithmic ones take the fewest steps (Th
     all_reduce       ring                 2(p-1)              2(p-1)/p · n
                      recursive_doubling   log2 p (+2 if p is no power of two)   n each
                      hierarchical         rings inside nodes, rings across
-    all_to_all       pairwise             p-1                 all parts but one's own
-                     direct               p-1, all at once    all parts but one's own
+    all_to_all       direct               p-1, all at once    all parts but one's own
+                     pairwise             p-1                 all parts but one's own
     barrier          dissemination        ⌈log2 p⌉            0
 """
 
@@ -264,6 +264,6 @@ CHOICES = {  # collective -> its algorithms by name
         "recursive_doubling": doubling_all_reduce,
         "hierarchical": hierarchical_all_reduce,
     },
-    "all_to_all": {"pairwise": pairwise_all_to_all, "direct": direct_all_to_all},
+    "all_to_all": {"direct": direct_all_to_all, "pairwise": pairwise_all_to_all},
     "barrier": {"dissemination": dissemination_barrier},
 }
