@@ -449,6 +449,12 @@ def test_forced_offloading_takes_what_the_cost_model_says():
     assert simulation.simulate(plan).makespan == pytest.approx(plan.makespan(), rel=0.05)  # the last layer stays
 
 
+@pytest.mark.parametrize("r", [0.25, 1.0])
+def test_even_slow_copies_leave_no_more_than_two_whole_layers_on_the_device(r):
+    deep = replace(LLAMA, layers=12)
+    assert one_sequence(4 * K, 1, r, deep).peak_memory[0] == pytest.approx(deep.resident(4 * K, r), rel=1e-6)
+
+
 def test_offloaded_bytes_load_the_host_s_link_and_not_the_network():
     with_it, without = one_sequence(256 * K, 4, 0.5), one_sequence(256 * K, 4, 0.0)
     each = int(0.5 * SMALL.act(256 * K) / 4) * (SMALL.layers - 1)  # all but the last layer
