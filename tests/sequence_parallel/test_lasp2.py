@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 
 from reference import dense_attention, dense_attention_backward
+from toolkit.claims.sequence_parallel import lasp2 as claims
+from toolkit.kernels.layers import merge_heads, split_heads
 from toolkit.runtime import Cluster, hardware, like, per_rank, positions, shard, topology
 from toolkit.runtime.collectives import Collectives
 from toolkit.runtime.communicator import Communicator
@@ -20,6 +22,7 @@ from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _block as blocks
 from toolkit.sequence_parallel import _lasp2_kernels as kernels
 from toolkit.sequence_parallel import _lasp2_layers as layers
+from toolkit.sequence_parallel import _lasp2_recall as recall
 from toolkit.sequence_parallel import _lasp2_rings as rings
 from toolkit.sequence_parallel import _megatron_sp as megatron
 from toolkit.sequence_parallel import _two_level, lasp2
@@ -375,6 +378,19 @@ def test_three_layers_of_lasp_1_wait_once_unless_something_keeps_ranks_in_step(i
     assert run.makespan == rounds
 
 
+@pytest.mark.parametrize("scheme, in_step", [("LASP-2", False), ("LASP-2", True), ("LASP-1", True)])
+def test_ranks_in_step_take_the_same_time_for_every_layer(scheme, in_step):
+    """What the claims' step of 16 layers stands on."""
+    one, two = (claims.passes(scheme, depth, 8, 2**15, in_step, 1e-4).makespan for depth in (1, 2))
+    assert two == pytest.approx(2 * one, rel=1e-9)
+
+
+def test_a_step_of_the_claims_is_that_of_all_layers():
+    options = {"gpus": 8, "tokens": 2**14}
+    all_layers = claims.passes("LASP-1", claims.LAYERS, **options).makespan
+    assert claims.step_seconds("LASP-1", **options) == pytest.approx(all_layers, rel=1e-6)
+
+
 @pytest.mark.parametrize("products, growth", [("left", 4), ("right", 2)])
 def test_the_left_product_is_quadratic_in_the_tokens_and_the_right_linear(products, growth):
     def flops(tokens):
@@ -546,6 +562,26 @@ def test_a_hybrid_of_four_layers_trains_as_on_one_device(ranks):
     wanted = torch_losses(params, *text)
     assert_allclose(sum(run.outputs), wanted, rtol=0, atol=1e-9)
     assert wanted[-1] < wanted[0] - 0.1
+
+
+@pytest.mark.parametrize("kind", ["linear", "softmax"])
+def test_the_models_that_learn_have_the_layers_of_this_system(kind):
+    random, x = np.random.default_rng(4), np.random.default_rng(5).standard_normal((1, TOKENS, recall.CHANNELS))
+    weights = {name: a.astype("float64") for name, a in recall.fresh(random).items()}
+    for name in "qkv":  # no short convolution, no output matrix: what remains is attention
+        weights[f"{name}_kernel"] = np.eye(1, recall.WIDTH).T * np.ones(recall.CHANNELS)
+    weights["o"] = np.eye(recall.CHANNELS)
+    head_dim = recall.CHANNELS // recall.HEADS
+    q, k, v = (shard(split_heads(x[0] @ weights[name], head_dim), 1) for name in "qkv")
+    options = {"linear": {"feature_map": "elu", "normalise": True}, "softmax": {}}[kind]
+    program = {"linear": lasp2.attention, "softmax": lasp2.softmax_attention}[kind]
+    out = mesh(4).run(program, q, k, v, causal=True, **options).gather(1)
+    assert_allclose(recall.mix(kind, weights, x)[0], merge_heads(out), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", recall.MODELS)
+def test_the_weights_that_ship_are_those_of_models_that_have_learned(name):
+    assert min(recall.recall(name)) > 5 * 2 / recall.VOCABULARY  # five times as often as by guessing
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -217,11 +217,12 @@ def steps(exchange, ranks=GPUS):
 
 
 @claim(
-    says="A hybrid, softmax in every fourth layer, recalls better than linear attention alone, about as softmax does",
-    where="section on convergence, Linear-Llama3-1B; ours: 4 layers of 32 channels on associative recall",
-    holds=lambda share: share > 0,
-    direction="above 0",
+    says="A hybrid, softmax in every fourth layer, learns about as well as softmax alone (ours: it closes half the gap)",
+    where="section on convergence, Linear-Llama3-1B; ours: 4 layers of 32 channels, associative recall, 400 steps",
+    holds=lambda share: share > 0.5,
+    direction="above 0.5",
     unit="of the gap",
+    why="eight pairs fit into linear states too; after so few steps two seeds differ more than linear and hybrid do",
     paper="lasp2",
 )
 def hybrid_closes_the_gap():
