@@ -217,7 +217,7 @@ def steps(exchange, ranks=GPUS):
 
 
 @claim(
-    says="A hybrid, softmax in every fourth layer, learns about as well as softmax alone (ours: it closes half the gap)",
+    says="A hybrid, softmax in every fourth layer, learns about as well as softmax (ours: closes half the gap)",
     where="section on convergence, Linear-Llama3-1B; ours: 4 layers of 32 channels, associative recall, 400 steps",
     holds=lambda share: share > 0.5,
     direction="above 0.5",
