@@ -12,6 +12,7 @@ from numpy.testing import assert_allclose
 
 from toolkit.model_parallel import _ladder_modules as pieces
 from toolkit.model_parallel import _ladder_picture as picture
+from toolkit.model_parallel import _ladder_rivals as rivals
 from toolkit.model_parallel import _ladder_scale as scale
 from toolkit.model_parallel import _ladder_trained as small
 from toolkit.model_parallel import ladder_residual as ladder
@@ -469,7 +470,7 @@ def test_the_simulator_takes_as_long_as_the_recurrence_of_two_halves():
     c = np.tile([attention, 2 * 2 * n * 64 * 512 / 4], 4) / 1e11
     a = machine(4, device).run(lambda comm: pieces.fused_sum(comm, like((n, 64)))).makespan
     seconds = machine(4, device).run(program).makespan - 2 * n * 64 * VOCABULARY * 2 / 1e11
-    assert seconds == pytest.approx(ladder.timeline_interleaved(c, [a] * 8), rel=1e-9)
+    assert seconds == pytest.approx(rivals.timeline_interleaved(c, [a] * 8), rel=1e-9)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
@@ -501,6 +502,16 @@ def test_what_does_not_divide_among_ranks_is_refused(name):
 def test_more_converted_layers_than_there_are_are_refused():
     with pytest.raises(ValueError, match="the model has 3 layers"):
         ladder.convert(model()[0], 4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "cache", "says"),
+    [(np.zeros(6, int), None, "give \\(sequences, n\\)"), (np.zeros((1, 6), int), [None], "1 entries for 3 layers")],
+    ids=["flat", "short cache"],
+)
+def test_tokens_and_cache_of_other_shapes_are_refused(tokens, cache, says):
+    with pytest.raises(ShapeError, match=says):
+        machine(1).run(lambda comm: ladder.forward(comm, model()[0], tokens, head_dim=HEAD_DIM, cache=cache))
 
 
 def test_times_that_do_not_belong_together_are_refused():

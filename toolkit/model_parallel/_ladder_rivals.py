@@ -63,3 +63,13 @@ def interleave(comm, program, run, halves):
             partial, _ = run(module, streams[i])
             waiting[i] = last = isum(comm, partial, after=last)
     return [add(x, sum_.wait()) for x, sum_ in zip(streams, waiting, strict=True)]
+
+
+def timeline_interleaved(c_half, a_half):
+    """The recurrence of `interleave`: finish, in seconds, from times of half a batch."""
+    free, line, arrived = 0.0, 0.0, [0.0, 0.0]
+    for c, a in zip(c_half, a_half, strict=True):
+        for i in range(2):
+            free = max(free, arrived[i]) + c
+            line = arrived[i] = max(free, line) + a
+    return line

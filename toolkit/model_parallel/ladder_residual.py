@@ -143,12 +143,13 @@ def forward(comm, shards, tokens, *, head_dim, arch="standard", ladder_layers=No
     cache            list with None or (k, v) a layer: `tokens` follow what is in it, and it is brought up to date
     returns          (logits (sequences · n, vocabulary), Saved)
     sends            2L all-reduces of sequences · n · D numbers; parallel L; desync those of its pattern
-    raises           ValueError
+    raises           ShapeError, ValueError
     """
     layers = len(shards["layers"])
     program, stale = modules(arch, layers), staleness(arch, layers, ladder_layers)
     reduces = reducing(desync_pattern, len(program)) if arch == "desync" else None
-    x, context = embed(shards["embedding"], tokens.reshape(-1)), (_positions(tokens, cache), head_dim)
+    context = _positions(tokens, cache, layers), head_dim
+    x = embed(shards["embedding"], tokens.reshape(-1))
     run = partial(run_module, shards, context, cache)
     if arch == "desync":
         x, saved = drift(comm, program, reduces, run, x)
@@ -182,7 +183,11 @@ def backward(comm, shards, saved, d_logits):
     return {"embedding": table, "layers": grads, "norm": d_norm, "head": d_head}
 
 
-def _positions(tokens, cache):
+def _positions(tokens, cache, layers):
+    if tokens.ndim != 2:
+        raise ShapeError(f"tokens are {tokens.shape}: give (sequences, n)")
+    if cache is not None and len(cache) != layers:
+        raise ShapeError(f"a cache of {len(cache)} entries for {layers} layers: start with [None] * {layers}")
     past = cache[0][0].shape[1] if cache and cache[0] is not None else 0
     return np.arange(past, past + tokens.shape[1])
 
@@ -194,13 +199,14 @@ def forward_interleaved(comm, shards, tokens, *, head_dim):
     returns   logits (sequences · n, vocabulary)
     sends     4L all-reduces of half the size
     """
+    layers = len(shards["layers"])
     if len(tokens) % 2:
         raise ShapeError(f"{len(tokens)} sequences do not divide into two halves")
     halves = np.split(tokens, 2) if not is_shape_only(tokens) else [tokens[: len(tokens) // 2]] * 2
-    context = (_positions(tokens, None), head_dim)
+    context = _positions(tokens, None, layers), head_dim
     run = partial(run_module, shards, context, None)
     streams = [embed(shards["embedding"], half.reshape(-1)) for half in halves]
-    streams = interleave(comm, modules("standard", len(shards["layers"])), run, streams)
+    streams = interleave(comm, modules("standard", layers), run, streams)
     return concatenate(tuple(linear(rms_norm(x, shards["norm"]), shards["head"]) for x in streams))
 
 
@@ -250,13 +256,3 @@ def timeline(c, a, arch="standard", *, ladder_layers=None, desync_pattern=None, 
         if k in reduces:
             events.append(("all_reduce", k, begins, arrived[-1]))
     return max(free, arrived[-1]), events
-
-
-def timeline_interleaved(c_half, a_half):
-    """The recurrence of `forward_interleaved`: finish, in seconds, from times of half a batch."""
-    free, line, arrived = 0.0, 0.0, [0.0, 0.0]
-    for c, a in zip(c_half, a_half, strict=True):
-        for i in range(2):
-            free = max(free, arrived[i]) + c
-            line = arrived[i] = max(free, line) + a
-    return line
