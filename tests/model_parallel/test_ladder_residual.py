@@ -188,7 +188,7 @@ def _assert_same(ours, wanted):
     ("part", "name"), [("layers", "q"), ("layers", "norm_1"), ("layers", "up"), (None, "embedding")]
 )
 @pytest.mark.parametrize(
-    "options", [RULES["ladder"], {"arch": "desync", "desync_pattern": "4x"}], ids=["ladder", "desync"]
+    "options", [RULES["ladder"], *({"arch": "desync", "desync_pattern": name} for name in ("2x", "4x"))], ids=str
 )
 def test_gradients_are_those_of_finite_differences(options, part, name):
     params, tokens = model(2)
@@ -232,6 +232,13 @@ def test_desync_that_always_reduces_is_the_standard_model():
     run = outputs(4, {"arch": "desync", "desync_pattern": "all"})
     wanted = reference(params, tokens, RULES["standard"]).reshape(-1, VOCABULARY)
     assert_allclose(run.outputs[3][0], wanted, rtol=0, atol=1e-10)
+
+
+def test_desync_that_always_reduces_has_the_standard_models_gradients():
+    grad = np.random.default_rng(3).standard_normal((BATCH * TOKENS, VOCABULARY))
+    desync = outputs(4, {"arch": "desync", "desync_pattern": "all"}, grad=grad)
+    for (_, ours), (_, wanted) in zip(desync.outputs, outputs(4, RULES["standard"], grad=grad).outputs, strict=True):
+        _assert_same(ours, wanted)
 
 
 @pytest.mark.parametrize("pattern", ["2x", "4x"])

@@ -129,8 +129,9 @@ def larger_batch_without_p2p():
     value=scale.LADDER_405B[True],
     unit="×",
     where="repository, tools/plot-405b.py, TP 16, batch 1, peer-to-peer on",
+    tolerance=0.1,
     same_side_of=1.0,
-    why="the all-reduce that the bound implies fits beside our modules; theirs is hidden in part",
+    why="the all-reduce that the bound implies fits beside our modules entirely; theirs is hidden in part",
     paper=PAPER,
 )
 def two_nodes():
@@ -142,7 +143,9 @@ def two_nodes():
     value=scale.LADDER_405B[False],
     unit="×",
     where="repository, tools/plot-405b.py, TP 16, batch 1, peer-to-peer off",
+    tolerance=0.1,
     same_side_of=1.0,
+    why="we hide all of it that fits; theirs hides less, and we cannot tell why from the published rows",
     paper=PAPER,
 )
 def two_nodes_without_p2p():
@@ -177,9 +180,9 @@ def recovered():
 
 
 @claim(
-    says="Converting all layers costs more than converting half: the jump is larger",
+    says="Parts of a trained model are converted, not all of it: with all layers the loss jumps more",
     unit="× the jump of half",
-    where="why the authors convert a part (section on Llama-3.1-8B); ours: 6 layers",
+    where="abstract (parts of Llama-3.1-8B); the comparison is ours: 6 layers",
     holds=lambda ratio: ratio > 1,
     direction="above 1",
     paper=PAPER,
