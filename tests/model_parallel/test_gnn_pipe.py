@@ -1,7 +1,12 @@
 """GNNPipe: exact where nothing is historical, the exact gradient where something is, and the bytes of its formulas."""
 
-from itertools import product
+import os
+import shutil
+import subprocess
+import sys
+from itertools import pairwise, product
 from math import inf
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +16,18 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
 from scipy import sparse
 
+from toolkit.claims.model_parallel import gnn_pipe as claims
 from toolkit.model_parallel import _gnn_pipe_graph as graphs
-from toolkit.model_parallel import _schedule, gnn_pipe
+from toolkit.model_parallel import _gnn_pipe_picture as picture
+from toolkit.model_parallel import _pipeline, _schedule, gnn_pipe
 from toolkit.model_parallel._gnn_pipe_layers import ALPHA, first_weights, layers_of
 from toolkit.model_parallel._gnn_pipe_layers import MODELS as NETWORKS
-from toolkit.runtime import Cluster, hardware, topology
+from toolkit.runtime import Cluster, hardware, like, topology
+from toolkit.runtime.errors import OutOfDeviceMemory, ShapeError
 
 LINK = hardware.Link(1e9)
 DEPTH, HIDDEN, CLASSES, WIDTH = 4, 6, 3, 5
-COUNTING = hardware.Device("one row a microsecond", flops=inf, memory_bandwidth=1e9)
+SLOW = hardware.Device("1 GB/s of memory", flops=inf, memory_bandwidth=1e9)
 
 
 def small_graph(vertices=48, seed=0, directed=False):
@@ -87,7 +95,7 @@ def judge(graph, layers, weights, history=None, chunk=None, order=None):
     each = torch.nn.functional.cross_entropy(x, torch.tensor(graph.labels), reduction="none")
     loss = each[torch.tensor(graph.train)].sum() / graph.train.sum()
     loss.backward()
-    return float(loss), x.detach().numpy(), [w.grad.numpy() for w in parameters]
+    return loss.item(), x.detach().numpy(), [w.grad.numpy() for w in parameters]
 
 
 def one_pass(comm, share, layers, weights, order, history=None, reverse=True, exact=None):
@@ -280,6 +288,18 @@ def test_inside_a_period_every_epoch_reads_the_same_history():
     assert np.flatnonzero(np.abs(np.diff(losses)) > 1e-9).tolist() == [2, 5]
 
 
+def test_with_period_one_frozen_training_becomes_exact():
+    graph, (layers, weights) = small_graph(), network("gcn")
+    _, losses = gnn_pipe.trained(train(graph, chunks=6, epochs=DEPTH, period=1, rate=0.0))
+    assert losses[-1] == pytest.approx(judge(graph, layers, weights)[0], abs=1e-12)
+
+
+def test_within_the_first_period_frozen_training_is_not_exact():
+    graph, (layers, weights) = small_graph(), network("gcn")
+    _, losses = gnn_pipe.trained(train(graph, chunks=6, epochs=DEPTH, period=20, rate=0.0))
+    assert abs(losses[-1] - judge(graph, layers, weights)[0]) > 1e-4
+
+
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1, 0, 2]])
 def test_stale_pairs_are_those_whose_historical_row_changes_the_result(order):
     graph, (layers, weights) = small_graph(), network("gcn", depth=2)
@@ -371,6 +391,11 @@ def test_a_hybrid_sends_both():
     assert sent(run, "activations", "gradients") == 3 * gnn_pipe.volume_pipe(48, HIDDEN, 2, True, 8)
 
 
+def test_the_formula_gives_the_numbers_of_a_known_example():
+    """n = 100 000, h = 128, p = 4, float32."""
+    assert gnn_pipe.volume_pipe(100_000, 128, 4) == 0.3072e9
+
+
 def test_zeros_as_bits_change_no_result():
     plain, packed = (gnn_pipe.trained(train(small_graph(), "gcnii", 4, chunks=5, compress=c)) for c in (False, True))
     assert_array_equal(plain[1], packed[1])
@@ -384,8 +409,212 @@ def test_zeros_as_bits_save_bytes():
 # ---- time and memory -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stages, chunks", product([1, 2, 4, 12], [1, 4, 48]))
+@pytest.mark.parametrize("stages, chunks", list(product([1, 2, 4, 12], [1, 4, 48])))
 def test_makespan_with_equal_times_is_the_formula(stages, chunks):
     plan = _schedule.check(gnn_pipe.schedule(stages, chunks))
     assert _schedule.makespan(plan, {"F": 1.0, "B": 2.5}) == pytest.approx((chunks + stages - 1) * 3.5)
     assert _schedule.bubble(plan, 1.0, 2.5) == pytest.approx((stages - 1) / chunks)
+
+
+@pytest.mark.parametrize("stages, chunks", [(1, 4), (4, 4), (3, 12)])
+def test_the_machine_needs_that_time_when_messages_take_none(stages, chunks):
+    plan = gnn_pipe.schedule(stages, chunks)
+    cluster = Cluster(topology.full_mesh(stages, hardware.Link(1e30)), _pipeline.CLOCK)
+    run = cluster.run(_pipeline.replay, plan, {"F": 1.0, "B": 2.5}, np.zeros(1))
+    assert run.makespan == pytest.approx((chunks + stages - 1) * 3.5)
+
+
+def whole_tables(chunks, stages=2, depth=8, hidden=32, vertices=960):
+    """Peak bytes of the busiest rank over those of one whole-graph table, shape-only."""
+    layers = layers_of("gcn", depth, hidden, hidden, hidden)
+    share = graphs.expected_share(vertices, 8 * vertices, hidden, chunks)
+    weights = first_weights(layers, None, "float32")
+    run = mesh(stages, SLOW).run(gnn_pipe.train, share, weights, layers=layers, epochs=1)
+    return max(run.peak_memory) / (vertices * hidden * 4)
+
+
+def test_memory_holds_tables_of_the_whole_graph_for_every_layer_of_a_stage():
+    assert whole_tables(8) > 3 * 8 / 2  # inputs, history and gradients of sums for half of eight layers
+
+
+def test_memory_does_not_shrink_with_more_chunks():
+    few, many = whole_tables(4), whole_tables(32)
+    assert many > 0.85 * few
+
+
+def test_one_chunk_needs_no_history():
+    assert whole_tables(1) < whole_tables(2) - 4
+
+
+def test_a_graph_that_does_not_fit_is_refused_by_the_device():
+    tiny = hardware.replace(SLOW, memory_capacity=1e6)
+    with pytest.raises(OutOfDeviceMemory, match="new_table"):
+        train(small_graph(4000), device=tiny, chunks=2)
+
+
+# ---- the same everywhere ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages, chunks", [(1, 1), (4, 6)])
+@pytest.mark.parametrize("model", NETWORKS)
+def test_a_shape_only_run_takes_the_same_time_and_bytes(model, stages, chunks):
+    graph = small_graph()
+    layers, weights = network(model)
+    share = gnn_pipe.shares(graph, gnn_pipe.partition_vertices(graph.adjacency, chunks))[0]
+    hollow = graphs.Share(
+        share.vertices,
+        share.chunks,
+        *(graphs.Side(tuple(graphs.Pattern(a.shape, a.nnz) for a in side.own), (), side.gives, side.takes, 0)
+          for side in (share.forward, share.backward)),
+        *map(like, (share.features, share.labels, share.weight)),
+    )  # fmt: skip
+    options = {"layers": layers, "epochs": 2, "seed": 3}
+    real, shapes = (
+        mesh(stages, SLOW).run(gnn_pipe.train, part, w, **options)
+        for part, w in ((share, weights), (hollow, tuple(map(like, weights))))
+    )
+    assert (real.makespan, real.traffic.total) == (shapes.makespan, shapes.traffic.total)
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    orders = {tuple(gnn_pipe.permutation(0, epoch, 8)) for epoch in range(20)}
+    assert len(orders) == 20
+    assert all(sorted(order) == list(range(8)) for order in orders)
+
+
+def test_a_seed_means_one_order():
+    assert gnn_pipe.permutation(7, 3, 16) == gnn_pipe.permutation(7, 3, 16) != gnn_pipe.permutation(8, 3, 16)
+
+
+MPI_PROGRAM = """
+import numpy as np
+from toolkit.model_parallel import gnn_pipe
+from toolkit.model_parallel._gnn_pipe_graph import community_graph
+from toolkit.model_parallel._gnn_pipe_layers import first_weights, layers_of
+def answer(cluster):
+    graph, layers = community_graph(60), layers_of("gcnii", 4, 16, 8, 4)
+    share = gnn_pipe.placed(gnn_pipe.shares(graph, gnn_pipe.partition_vertices(graph.adjacency, 5)), 2)
+    return cluster.run(gnn_pipe.train, share, first_weights(layers), layers=layers, epochs=4, period=2)
+"""
+
+
+def test_real_processes_train_with_the_same_orders():
+    pytest.importorskip("mpi4py", reason="real processes need pip install '.[mpi]'")
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if mpiexec is None:
+        pytest.skip("no mpiexec here")
+    program = MPI_PROGRAM + (
+        "from toolkit.runtime import mpi\nrun = answer(mpi.Cluster())\n"
+        "print(*map(float.hex, gnn_pipe.trained(run)[1].tolist())) if run else None\n"
+    )
+    command = [mpiexec, "-n", "2", sys.executable, "-c", program]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    virtual = {}
+    exec(MPI_PROGRAM, virtual)
+    losses = gnn_pipe.trained(virtual["answer"](mesh(2)))[1]
+    assert_allclose([float.fromhex(word) for word in said.split()], losses, rtol=1e-12)
+
+
+# ---- cutting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", graphs.METHODS)
+@given(vertices=st.integers(1, 60), parts=st.integers(1, 60), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_no_part_is_empty_and_sizes_are_near(method, vertices, parts, seed):
+    links = sparse.random_array((vertices, vertices), density=0.1, rng=np.random.default_rng(seed), format="csr")
+    parts = min(vertices, parts)
+    sizes = np.bincount(gnn_pipe.partition_vertices(links, parts, method, seed), minlength=parts)
+    assert len(sizes) == parts and sizes.min() >= 1
+    assert sizes.max() <= np.ceil(1.05 * vertices / parts)
+
+
+def test_greedy_finds_planted_groups_and_a_random_cut_does_not():
+    links, group = graphs.planted(1000, 20, 20, 0.1)
+    entries = links.tocoo()
+
+    def crossing(part):
+        return np.mean(part[entries.row] != part[entries.col])
+
+    cuts = [crossing(gnn_pipe.partition_vertices(links, 4, method)) for method in ("greedy", "breadth_first", "random")]
+    assert crossing(group // 5) <= cuts[0] < 1.5 * crossing(group // 5)
+    assert cuts[0] < cuts[1] < cuts[2]
+
+
+def test_every_row_that_another_rank_needs_is_given_once():
+    graph = small_graph()
+    chunk, part = gnn_pipe.cut(graph.adjacency, 3, 4)
+    parts = gnn_pipe.shares(graph, chunk, part)
+    given = sum(len(rows) for share in parts for gives in share.forward.gives for rows in gives)
+    assert given == replicas(graph, part) == sum(share.forward.halo_rows for share in parts)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_more_chunks_than_vertices_are_refused():
+    with pytest.raises(ShapeError, match="48 vertices do not make 49 parts"):
+        gnn_pipe.partition_vertices(small_graph().adjacency, 49)
+
+
+def test_an_unknown_cut_is_refused():
+    with pytest.raises(ShapeError, match="'metis' is not one of random"):
+        gnn_pipe.partition_vertices(small_graph().adjacency, 2, "metis")
+
+
+def test_more_stages_than_layers_are_refused():
+    with pytest.raises(ShapeError, match="4 layers do not fill 5 stages"):
+        train(small_graph(), stages=5, chunks=2)
+
+
+def test_ranks_that_do_not_divide_into_groups_are_refused():
+    layers, weights = network("gcn")
+    share = gnn_pipe.shares(small_graph(), np.zeros(48, int))[0]
+    with pytest.raises(ShapeError, match="3 ranks do not divide into groups of 2"):
+        mesh(3).run(gnn_pipe.train, share, weights, layers=layers, epochs=1, group=2)
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ShapeError, match="'gat' is not one of gcn, sage, gcnii"):
+        layers_of("gat", 2, 4, 4, 2)
+
+
+# ---- claims and picture ----------------------------------------------------------------------------------------------
+
+
+def test_the_ratio_of_volumes_is_depth_times_replication_over_borders():
+    rho, _ = claims.cut_cost("like products")
+    graph, pipe = claims.volumes("like products", "gcnii", 24)
+    assert graph / pipe == pytest.approx(24 * rho / (2 * 11))
+
+
+def test_the_volume_of_a_shape_only_run_is_that_of_its_statistics():
+    layers = layers_of("gcnii", 4, 8, 8, 4)
+    share = graphs.expected_share(960, 9600, 8, chunks=1, parts=4, replicas=1.5, crossing=0.3)
+    weights = first_weights(layers, None, "float32")
+    run = mesh(4, SLOW).run(gnn_pipe.train, share, weights, layers=layers, epochs=1, group=4)
+    assert halo_bytes(run) == 2 * 4 * 1.5 * 960 * 8 * 4
+
+
+def test_the_win_grows_with_depth():
+    gains = [a / b for a, b in (claims.times("like products", "gcnii", depth) for depth in (12, 24))]
+    assert gains[0] < gains[1]
+
+
+def test_a_dense_graph_on_a_fast_network_is_better_cut_by_vertices():
+    graph, pipe = claims.times("like Reddit", "gcn", 12, "NVLink, one NIC a GPU")
+    assert graph < pipe
+
+
+def test_the_picture_says_its_numbers_in_words():
+    run = train(small_graph(), stages=2, chunks=4, device=SLOW, epochs=1)
+    old = np.triu(np.ones((4, 4), bool), 1)
+    drawn = picture.draw(run, "pipe", {"pipe": 1e6, "graph": 3e6}, np.ones((4, 4)), old)
+    assert "graph 3 MB" in drawn.words and "38 % of links read historical values" in drawn.words
+
+
+def test_spans_of_the_picture_cover_all_kernels():
+    run = train(small_graph(), stages=2, chunks=4, device=SLOW, epochs=1)
+    spans = picture.computing(run, 1)
+    assert all(a[1] < b[0] for a, b in pairwise(spans))
+    assert spans[-1, 1] == max(k[4] for k in run.trace.kernels if k[0] == 1)

@@ -85,7 +85,7 @@ def partition_vertices(adjacency, k, method="greedy", seed=0):
     """Cut the vertices into k parts of nearly equal size.
 
     method    "random": a straw man · "breadth_first": runs of equal length of a breadth-first order ·
-              "greedy": runs of whole clusters; then vertices move to the part of most of their neighbours, sizes within 5 %
+              "greedy": runs of whole clusters; then vertices move to where most neighbours are, sizes within 5 %
     returns   (n,) int, the part of each vertex; no part is empty
     raises    ShapeError  more parts than vertices, or an unknown method
     """

@@ -24,7 +24,7 @@ DEVICES, HIDDEN = 12, 256
 DEPTHS = (12, 24)
 FREE = hardware.Link(1e18)
 MACHINES = {  # links inside a node, and a GPU's share of what leaves it
-    "PCIe, one NIC a node": (hardware.PCIE4, hardware.replace(hardware.IB_HDR, bandwidth=hardware.IB_HDR.bandwidth / 4)),
+    "PCIe, one NIC a node": (hardware.PCIE4, hardware.Link(hardware.IB_HDR.bandwidth / 4, hardware.IB_HDR.latency)),
     "NVLink, one NIC a GPU": (hardware.NVLINK3, hardware.IB_HDR),
     "free": (FREE, FREE),
 }
@@ -44,7 +44,7 @@ class Size:
 
 
 GRAPHS = {
-    "like Reddit": Size(232_965, 114_615_892, 602, 41, 12_000, 490, 0.02),
+    "like Reddit": Size(232_965, 114_615_892, 602, 41, 6_000, 490, 0.02),
     "like products": Size(2_449_029, 123_718_280, 100, 47, 20_000, 50, 0.10),
 }
 CASES = [(name, model, depth) for name in GRAPHS for model in ("gcn", "gcnii") for depth in DEPTHS]
@@ -109,7 +109,7 @@ def ratios(measure):
     unit="×",
     where="abstract",
     same_side_of=1.0,
-    why="the ratio is depth × replication / (devices - 1): it grows without bound with depth, and our deepest has 48",
+    why="the ratio is depth × replication / (devices - 1): it has no bound, and ours end at 24 layers",
     paper="gnn_pipe",
 )
 def most_volume():
@@ -186,7 +186,7 @@ def average_overhead():
 
 @cache
 def learned():
-    """{scheme: (seeds, 2) test accuracy and last loss}, and {scheme + " curve": (epochs,) loss of the first seed}."""
+    """{scheme: (seeds, 2) test accuracy and last loss}, and {scheme + " curve": (epochs,) mean loss}."""
     with np.load(Path(__file__).with_suffix(".npz")) as kept:
         return {name: kept[name] for name in kept.files}
 
