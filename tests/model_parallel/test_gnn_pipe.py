@@ -19,6 +19,7 @@ from scipy import sparse
 from toolkit.claims.model_parallel import gnn_pipe as claims
 from toolkit.model_parallel import _gnn_pipe_graph as graphs
 from toolkit.model_parallel import _gnn_pipe_picture as picture
+from toolkit.model_parallel import _gnn_pipe_share as owned
 from toolkit.model_parallel import _pipeline, _schedule, gnn_pipe
 from toolkit.model_parallel._gnn_pipe_layers import ALPHA, first_weights, layers_of
 from toolkit.model_parallel._gnn_pipe_layers import MODELS as NETWORKS
@@ -130,9 +131,7 @@ def some_history(layers, vertices, seed=5):
 def exact_inputs(graph, layers, weights):
     """{layer: its exact input (n, width)}, from the judge's network cut short."""
     return {
-        i: judge(graph, layers[:i], weights[:i])[1]
-        for i, layer in enumerate(layers)
-        if i > 0 and layer.kind != "dense"
+        i: judge(graph, layers[:i], weights[:i])[1] for i, layer in enumerate(layers) if i > 0 and layer.kind != "dense"
     }
 
 
@@ -427,7 +426,7 @@ def test_the_machine_needs_that_time_when_messages_take_none(stages, chunks):
 def whole_tables(chunks, stages=2, depth=8, hidden=32, vertices=960):
     """Peak bytes of the busiest rank over those of one whole-graph table, shape-only."""
     layers = layers_of("gcn", depth, hidden, hidden, hidden)
-    share = graphs.expected_share(vertices, 8 * vertices, hidden, chunks)
+    share = owned.expected_share(vertices, 8 * vertices, hidden, chunks)
     weights = first_weights(layers, None, "float32")
     run = mesh(stages, SLOW).run(gnn_pipe.train, share, weights, layers=layers, epochs=1)
     return max(run.peak_memory) / (vertices * hidden * 4)
@@ -461,10 +460,10 @@ def test_a_shape_only_run_takes_the_same_time_and_bytes(model, stages, chunks):
     graph = small_graph()
     layers, weights = network(model)
     share = gnn_pipe.shares(graph, gnn_pipe.partition_vertices(graph.adjacency, chunks))[0]
-    hollow = graphs.Share(
+    hollow = owned.Share(
         share.vertices,
         share.chunks,
-        *(graphs.Side(tuple(graphs.Pattern(a.shape, a.nnz) for a in side.own), (), side.gives, side.takes, 0)
+        *(owned.Side(tuple(owned.Pattern(a.shape, a.nnz) for a in side.own), (), side.gives, side.takes, 0)
           for side in (share.forward, share.backward)),
         *map(like, (share.features, share.labels, share.weight)),
     )  # fmt: skip
@@ -590,7 +589,7 @@ def test_the_ratio_of_volumes_is_depth_times_replication_over_borders():
 
 def test_the_volume_of_a_shape_only_run_is_that_of_its_statistics():
     layers = layers_of("gcnii", 4, 8, 8, 4)
-    share = graphs.expected_share(960, 9600, 8, chunks=1, parts=4, replicas=1.5, crossing=0.3)
+    share = owned.expected_share(960, 9600, 8, chunks=1, parts=4, replicas=1.5, crossing=0.3)
     weights = first_weights(layers, None, "float32")
     run = mesh(4, SLOW).run(gnn_pipe.train, share, weights, layers=layers, epochs=1, group=4)
     assert halo_bytes(run) == 2 * 4 * 1.5 * 960 * 8 * 4

@@ -85,9 +85,7 @@ def neighbour_sum(matrix, table):
 
 
 @kernel(
-    cost=lambda total, matrix, table: Cost(
-        2 * matrix.nnz * table.shape[1], _traffic(matrix, table) + 2 * total.nbytes
-    ),
+    cost=lambda total, matrix, table: Cost(2 * matrix.nnz * table.shape[1], _traffic(matrix, table) + 2 * total.nbytes),
     out=lambda total, matrix, table: total,
 )
 def add_neighbour_sum(total, matrix, table):
@@ -106,9 +104,7 @@ def blend_backward(grad):
     return (1 - ALPHA) * grad, ALPHA * grad
 
 
-@kernel(
-    cost=lambda x, a: Cost(0, 4 * a.nbytes), out=lambda x, a: like((x.shape[0], x.shape[1] + a.shape[1]), x.dtype)
-)
+@kernel(cost=lambda x, a: Cost(0, 4 * a.nbytes), out=lambda x, a: like((x.shape[0], x.shape[1] + a.shape[1]), x.dtype))
 def beside(x, a):
     return np.concatenate((x, a), axis=1)
 

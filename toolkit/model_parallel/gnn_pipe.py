@@ -14,9 +14,9 @@ With one chunk nothing is historical and every scheme is exact.
 Bytes an epoch, e a value, rho = average number of other parts that need a vertex:
     between stages   2 (p-1) N h e, for GCNII 4 (p-1) N h e: its first hidden state rides along
     inside groups    2 (L-1) rho N h e, for GCNII 2 L rho N h e
-Ours: the rows of features never change and are exchanged once, before the first epoch, where the card of the paper's
-rivals sends them again in each (that adds rho N d0 e; `volume_graph` has both). The paper's stages take chunks as they
-arrive; arrival order is stage 0's order, which every rank derives from the seed, so chunk numbers need no message.
+Ours: features never change, so graph parallelism exchanges their rows once, before the first epoch; in every epoch it
+would be rho N d0 e more (`volume_graph` has both). Chunks arrive in stage 0's order, which every rank derives from the
+seed: their numbers need no message. No layer has dropout.
 Source: Chen, Chen and Qian 2023, arXiv 2308.10087, and the code it publishes (REVERSE_PERIOD, backward order).
 Chapter: model_parallel/gnn_pipe.
 """
@@ -24,12 +24,14 @@ Chapter: model_parallel/gnn_pipe.
 import numpy as np
 
 from toolkit.kernels.elementwise import accumulate
-from toolkit.runtime import Cost, kernel, per_rank
+from toolkit.runtime import per_rank
 from toolkit.runtime.algorithms import concatenate
 from toolkit.runtime.errors import ShapeError
 
-from . import _gnn_pipe_layers as math
-from ._gnn_pipe_graph import chunk_adjacency, cut, needed, partition_vertices, shares
+from . import _gnn_pipe_layers as kernels
+from ._gnn_pipe_graph import chunk_adjacency, cut, needed, partition_vertices
+from ._gnn_pipe_share import shares
+from ._gnn_pipe_wire import wire
 from ._mesh import Grid
 from ._pipeline import run
 from ._schedule import Pass, Schedule
@@ -47,7 +49,7 @@ def train(comm, share, weights, *, layers, epochs, group=1, period=20, rate=0.01
     period     epochs between refreshes of the historical values, 20 in the authors' code; 1: those of the last epoch
     shuffle    chunks in a new order each epoch        reverse   False: the wrong backward order, to see what it does
     compress   send zeros of activations as a bit each (numeric runs only; lossless)
-    returns    (this stage's weights, loss of each epoch: this rank's part of the sum, empty but in the last stage)
+    returns    (this stage's weights, loss of each epoch: this rank's part of the sum, 0 but in the last stage)
     raises     ShapeError  ranks do not divide into groups, or more stages than layers
     """
     if group < 1 or comm.size % group:
@@ -107,9 +109,9 @@ class GNNPipeStage:
         self.last = end == len(layers)
         self.weights = {i: weights[i] for i in self.places}
         self.grads, self.means, self.squares = (
-            {i: math.new_table(w, *w.shape) for i, w in self.weights.items()} for _ in range(3)
+            {i: kernels.new_table(w, *w.shape) for i, w in self.weights.items()} for _ in range(3)
         )
-        self.losses, self.loss = [], math.new_table(share.features, 1, 1)
+        self.losses, self.loss = [], kernels.new_table(share.features, 1, 1)
         looking = [i for i in self.places if layers[i].kind != "dense"]
         self.inner = [i for i in looking if i > 0]  # their inputs are computed, so they can be historical
         self.tables, self.sums = self._empty(share.forward), self._empty(share.backward)
@@ -125,8 +127,8 @@ class GNNPipeStage:
             layer, mixed = self.layers[i], x
             if layer.kind != "dense":
                 around = self._around(self.share.forward, self.tables[i], c, x if i > 0 else None)
-                mixed = math.mix(layer.kind, around, x, x0)
-            x = math.transform(mixed, self.weights[i], layer.beta, layer.relu)
+                mixed = kernels.mix(layer.kind, around, x, x0)
+            x = kernels.transform(mixed, self.weights[i], layer.beta, layer.relu)
             saved.append((mixed, x))  # the sum itself: rows of neighbours will change
             if layer.kind == "dense" and i == 0:
                 x0 = x
@@ -139,12 +141,12 @@ class GNNPipeStage:
             layer, (mixed, y) = self.layers[i], saved.pop()
             if layer.kind == "dense" and i == 0:
                 grad = accumulate(grad, grad0)  # x0 is where both ways begin
-            dz = math.weight_gradient(self.grads[i], mixed, y, grad, layer.beta, layer.relu)
+            dz = kernels.weight_gradient(self.grads[i], mixed, y, grad, layer.beta, layer.relu)
             if i == 0:
                 return None
-            grad = math.input_gradient(dz, self.weights[i], layer.beta)
+            grad = kernels.input_gradient(dz, self.weights[i], layer.beta)
             if layer.kind != "dense":
-                around, own, more = math.mix_backward(layer.kind, grad)
+                around, own, more = kernels.mix_backward(layer.kind, grad)
                 grad = self._around(self.share.backward, self.sums[i], c, around)
                 grad = grad if own is None else accumulate(grad, own)
                 grad0 = more if grad0 is None or more is None else accumulate(grad0, more)
@@ -158,21 +160,21 @@ class GNNPipeStage:
         own, halo = table
         arriving = None
         if x is not None:
-            math.write(own, self.share.chunks[c], x)
+            kernels.write(own, self.share.chunks[c], x)
             if self.group:
                 arriving = self._exchange(side.gives[c], own)
-        total = math.neighbour_sum(side.own[c], own)
+        total = kernels.neighbour_sum(side.own[c], own)
         if arriving:
-            math.write(halo, side.takes[c], concatenate(arriving.wait()))
-        return math.add_neighbour_sum(total, side.halo[c], halo) if self.group else total
+            kernels.write(halo, side.takes[c], concatenate(arriving.wait()))
+        return kernels.add_neighbour_sum(total, side.halo[c], halo) if self.group else total
 
     def _exchange(self, gives, table):
         """Start sending the rows that each rank of the group needs."""
-        return self.group.iall_to_all(tuple(math.pick(table, rows) for rows in gives), algorithm="direct")
+        return self.group.iall_to_all(tuple(kernels.pick(table, rows) for rows in gives), algorithm="direct")
 
     def _loss(self, c, logits):
         rows = self.share.chunks[c]
-        loss, grad = math.cross_entropy(logits, self.share.labels[rows], self.share.weight[rows])
+        loss, grad = kernels.cross_entropy(logits, self.share.labels[rows], self.share.weight[rows])
         accumulate(self.loss, loss)
         return grad
 
@@ -180,12 +182,12 @@ class GNNPipeStage:
         """The end of an epoch: sum gradients over the group, move the weights, clear what was added up."""
         for i, w in self.weights.items():
             grad = self.group.all_reduce(self.grads[i]) if self.group else self.grads[i]
-            math.adam_step(w, grad, self.means[i], self.squares[i], len(self.losses) + 1, rate)
-            math.clear(self.grads[i])
+            kernels.adam_step(w, grad, self.means[i], self.squares[i], len(self.losses) + 1, rate)
+            kernels.clear(self.grads[i])
         for part in (part for i in self.history for part in self.sums[i]):  # a single chunk leaves nothing to clear
-            math.clear(part)
+            kernels.clear(part)
         self.losses.append(float(self.loss[0, 0]))
-        math.clear(self.loss)
+        kernels.clear(self.loss)
 
     def recall(self):
         """Historical values into the tables."""
@@ -198,14 +200,14 @@ class GNNPipeStage:
     def _copy(self, source, target):
         for i in self.history:
             for values, table in zip(source[i], target[i], strict=True):
-                math.write(table, slice(None), values)
+                kernels.write(table, slice(None), values)
 
     def _empty(self, side):
         """Tables of zeros, one a layer. A single chunk overwrites all rows at once: there one serves all layers."""
         rows = len(self.share.vertices), side.halo_rows
 
         def table(i):
-            return tuple(math.new_table(self.share.features, n, self.layers[i].fan_in) for n in rows)
+            return tuple(kernels.new_table(self.share.features, n, self.layers[i].fan_in) for n in rows)
 
         if len(self.share.chunks) == 1 and self.inner:
             return dict.fromkeys(self.inner, table(self.inner[0]))
@@ -214,10 +216,10 @@ class GNNPipeStage:
     def _features_of_others(self):
         """Rows of features that the group's ranks need of each other: they never change and travel once."""
         side, features = self.share.forward, self.share.features
-        halo = math.new_table(features, side.halo_rows, features.shape[1])
+        halo = kernels.new_table(features, side.halo_rows, features.shape[1])
         for gives, takes in zip(side.gives, side.takes, strict=True) if self.group else ():
             arrived = self._exchange(gives, features).wait()
-            math.write(halo, takes, concatenate(arrived))
+            kernels.write(halo, takes, concatenate(arrived))
         return halo
 
 
@@ -259,37 +261,6 @@ def trained(finished):
     for own, _ in finished.outputs:
         weights |= own
     return weights, np.sum([losses for _, losses in finished.outputs], axis=0)
-
-
-# ---- zeros as bits ---------------------------------------------------------------------------------------------------
-
-
-@kernel(cost=lambda x: Cost(0, 2 * x.nbytes))
-def squeeze(x):
-    """x (rows, width) as (bits (rows, ⌈width / 8⌉) uint8, the values that are not zero)."""
-    return np.packbits(x != 0, axis=1), x[x != 0]
-
-
-@kernel(cost=lambda bits, values, width: Cost(0, 2 * values.nbytes))
-def unsqueeze(bits, values, width):
-    x = np.zeros((len(bits), width), values.dtype)
-    x[np.unpackbits(bits, axis=1, count=width).astype(bool)] = values
-    return x
-
-
-def wire(stage):
-    """How a stage packs and unpacks what crosses its borders: options of `_pipeline.run`."""
-    width = stage.layers[stage.places[0]].fan_in if stage.last else stage.layers[stage.places[-1]].fan_out
-
-    def pack(message):
-        return tuple(map(squeeze, message)) if isinstance(message, tuple) else squeeze(message)
-
-    def unpack(message):
-        if isinstance(message[0], tuple):
-            return tuple(unsqueeze(*part, width) for part in message)
-        return unsqueeze(*message, width)
-
-    return {"pack": pack, "unpack": unpack}
 
 
 # ---- counted before anything runs ------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ import numpy as np
 
 from toolkit.claims import claim
 from toolkit.model_parallel import gnn_pipe
-from toolkit.model_parallel._gnn_pipe_graph import expected_share, partition_vertices, planted
+from toolkit.model_parallel._gnn_pipe_graph import partition_vertices, planted
 from toolkit.model_parallel._gnn_pipe_layers import first_weights, layers_of
+from toolkit.model_parallel._gnn_pipe_share import expected_share
 from toolkit.runtime import Cluster, hardware, topology
 
 DEVICES, HIDDEN = 12, 256
