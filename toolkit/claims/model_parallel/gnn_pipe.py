@@ -203,7 +203,7 @@ def accuracy(scheme):
     holds=lambda points: points < 2,
     unit="points below",
     where="abstract; ours: 600 vertices, 8 layers of GCNII, 16 chunks, 600 epochs, 3 seeds",
-    why="180 labels are few, and steps of 0.002 in 600 epochs larger than the authors' in up to 5000",
+    why="not explained; perhaps 600 epochs at 0.002 are too few and too large steps: the authors take up to 5000",
     paper="gnn_pipe",
 )
 def lost_accuracy():
