@@ -75,7 +75,8 @@ def part_table(part, up="../.."):
 
 def reference():
     """autodoc directives for every public module, in reading order."""
-    groups = {"runtime": "Runtime", "runtime/topology": "Topologies", "kernels": "Kernels", "learn": "Models and data", "show": "Pictures"}
+    groups = {"runtime": "Runtime", "runtime/topology": "Topologies", "kernels": "Kernels"}
+    groups |= {"learn": "Models and data", "show": "Pictures"}
     groups |= {".": "Classroom and list of systems", "claims": "Claims"}
     groups |= {part: facts["title"] for part, facts in parts().items()}
     files = [file for file in (ROOT / "toolkit").rglob("*.py") if _public(file)]

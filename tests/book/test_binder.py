@@ -1,9 +1,11 @@
 """The steps that Binder takes, in an empty virtual environment and on a fresh copy of the repository."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -22,6 +24,12 @@ def binder(root, tmp_path_factory):
     subprocess.run(install.split(), cwd=home, env=env, check=True)
     subprocess.run([".binder/postBuild"], cwd=home, env=env, check=True)
     return home
+
+
+def test_binder_pins_everything_that_the_toolkit_needs(root):
+    needed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    pinned = re.findall(r"^([\w-]+)==", (root / ".binder" / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert {re.match(r"[\w-]+", line)[0] for line in needed} <= set(pinned)
 
 
 def test_binder_has_every_chapter_as_a_notebook(binder, root):
