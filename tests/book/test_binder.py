@@ -28,7 +28,8 @@ def binder(root, tmp_path_factory):
 
 def test_binder_pins_everything_that_the_toolkit_needs(root):
     needed = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    pinned = re.findall(r"^([\w-]+)==", (root / ".binder" / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    requirements = (root / ".binder" / "requirements.txt").read_text(encoding="utf-8")
+    pinned = re.findall(r"^([\w-]+)==", requirements, re.MULTILINE)
     assert {re.match(r"[\w-]+", line)[0] for line in needed} <= set(pinned)
 
 
