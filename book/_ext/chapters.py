@@ -51,12 +51,26 @@ def key(chapter, root=ROOT):
 
 
 def execute(chapter, root=ROOT):
-    """Run one chapter in a fresh kernel and return the notebook, its seconds in `metadata.seconds`."""
+    """Run one chapter in a fresh kernel and return the notebook, its seconds in `metadata.seconds`.
+
+    A kernel that dies or stops answering gets a second try; a cell that raises does not.
+    """
+    try:
+        return _execute(chapter, root)
+    except (RuntimeError, TimeoutError) as error:
+        print(f"  {chapter.stem}: {type(error).__name__}, once more", flush=True)
+    try:
+        return _execute(chapter, root)
+    except (RuntimeError, TimeoutError) as error:
+        raise ChapterFailed(f"{chapter.relative_to(root)}: the kernel died or did not answer, twice\n{error}") from None
+
+
+def _execute(chapter, root):
     notebook = jupytext.read(chapter)
     notebook.metadata.pop("jupytext", None)
     client = NotebookClient(
         notebook,
-        timeout=600,
+        timeout=200,  # seconds a cell
         kernel_name="python3",
         resources={"metadata": {"path": str(chapter.parent)}},
         extra_arguments=["--IPKernelApp.log_level=40"],  # errors only; it warns about plain TCP at each start
@@ -64,7 +78,7 @@ def execute(chapter, root=ROOT):
     start = time.perf_counter()
     try:
         client.execute()
-    except (CellExecutionError, RuntimeError, TimeoutError) as error:  # a cell raised, the kernel died or went on
+    except CellExecutionError as error:
         raise ChapterFailed(_where(chapter, notebook, str(error), root)) from None
     notebook.metadata["seconds"] = round(time.perf_counter() - start, 2)
     return notebook
