@@ -11,7 +11,7 @@ would have written in place.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import NamedTuple
 
 import numpy as np
@@ -65,14 +65,11 @@ def kernel(*, cost: Callable, out: Callable | None = None):
             task.owner.compute(name, declared[0], declared[1], dtype, result, kind)
             return result
 
-        call.cost, call.out, call.shapes = cost, out, partial(_outside_call, function, out)
+        call.cost, call.out = cost, out
+        call.shapes = lambda *args, **options: _outside(function, out, args, options)
         return call
 
     return declare
-
-
-def _outside_call(function, out, *args, **options):
-    return _outside(function, out, args, options)
 
 
 def _outside(function, out, args, options):
