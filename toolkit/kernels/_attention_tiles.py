@@ -109,9 +109,10 @@ def _softmax_step(scores, ceiling, total, top, shrink):
     return raised
 
 
-def forward(first, last, units, block, q, k, v, causal, out, lse):
-    """Attention of the work units first..last-1; a unit (head, row) is the block of query rows from `row` on.
+def forward(first, last, block, q, k, v, causal, out, lse):
+    """Attention of the work units first..last-1; a unit is `block` query rows of one head.
 
+    The last rows come first: under a causal mask they are the long ones, and the short ones fill the gaps at the end.
     A tile of keys and values meets all tiles of rows in the block before the next one comes: it is read from slow
     memory once per block, a block being a few tiles high.
     """
@@ -124,7 +125,7 @@ def forward(first, last, units, block, q, k, v, causal, out, lse):
     ceiling, total = np.empty(block, out.dtype), np.empty(block, out.dtype)
     top, shrink = np.empty(ROWS, out.dtype), np.empty(ROWS, out.dtype)
     for unit in range(first, last):
-        head, row = units[unit]
+        head, row = unit % heads, ((n - 1) // block - unit // heads) * block
         stop = min(row + block, n)
         kv = head // (heads // kv_heads)
         for i in range(stop - row):
@@ -235,7 +236,7 @@ def compiled(loop, dtype):
     given, made = types.Array(number, 3, "A", readonly=True), types.Array(number, 3, "C")
     rows_given, rows_made = types.Array(number, 2, "A", readonly=True), types.Array(number, 2, "C")
     arguments = {
-        forward: (types.Array(int64, 2, "C"), int64, given, given, given, boolean, made, rows_made),
+        forward: (int64, given, given, given, boolean, made, rows_made),
         backward: (int64, given, given, given, given, rows_given, rows_given, boolean,
                    types.Array(number, 4, "C"), made, made),
         merge: (made, rows_made, types.Array(number, 3, "C", readonly=True), rows_given),

@@ -74,11 +74,9 @@ def attention(q, k, v, causal=False, return_lse=False):
     out, lse = np.empty(q.shape, dtype), np.empty((heads, n), dtype)
     threads = threads_for(_products(q, k, causal, 2))
     block = tiles.ROWS * max(1, min(4, heads * n // (16 * threads * tiles.ROWS)))
-    # The last rows first: under a causal mask they are the long ones, and the short ones fill the gaps at the end.
-    units = np.array([(h, row) for row in range(0, n, block)[::-1] for h in range(heads)], np.int64)
     inputs = [_rows(a, dtype) for a in (q, k, v)]
-    share(threads, len(units), tiles.compiled(tiles.forward, dtype),
-          units.reshape(-1, 2), block, *inputs, bool(causal), out, lse)
+    units = heads * -(-n // block)
+    share(threads, units, tiles.compiled(tiles.forward, dtype), block, *inputs, bool(causal), out, lse)
     out = out.astype(q.dtype, copy=False)
     return (out, lse) if return_lse else out
 

@@ -5,9 +5,11 @@ numba thread pool, whose layers differ by machine, and no second compilation for
 is numba's: all cores, or the environment variable NUMBA_NUM_THREADS.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from threading import Lock, Thread
+from threading import Lock
 
 SMALL = 2e7  # flops (0.2 ms): below, starting a thread costs more than it saves
 
@@ -36,12 +38,22 @@ def share(threads, units, loop, *arguments):
             loop(first, min(first + step, units), *arguments)
 
     with _one_blas_thread():
-        helpers = [Thread(target=work) for _ in range(threads - 1)]
-        for helper in helpers:
-            helper.start()
-        work()
-        for helper in helpers:
-            helper.join()
+        helpers = [_helpers().submit(work) for _ in range(threads - 1)]
+        try:
+            work()
+        finally:
+            for helper in helpers:
+                if not helper.cancel():  # one that has not begun has nothing left to do
+                    helper.result()
+
+
+@cache
+def _helpers():
+    """Threads that wait for work: starting one takes as long as a small block."""
+    return ThreadPoolExecutor(os.cpu_count(), "kernel")
+
+
+os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not survive a fork
 
 
 @contextmanager
