@@ -23,18 +23,18 @@ def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None,
     pp         communicator of the stages, one rank each
     forward    (chunk, microbatch, x) -> (y, saved)          x is None in the model's first stage
     backward   (chunk, microbatch, saved, grad) -> dx        grad is None in the model's last stage
-    others     {kind: (chunk, microbatch) -> None} for passes of other kinds, in their place
+    others     {kind: (chunk, microbatch) -> None} for W and passes of other kinds, in their place
     pack       what is sent of y and dx, and `unpack` what the receiver makes of it; None: all of it
     overlap    False: a rank waits until what it sends has arrived. Receives are then all posted at the start, so that
                nobody waits for a receiver
-    returns    the most chunk activations kept at once
+    returns    the most chunk activations kept at once, from F to the last of B and W
     sends      one message a pass, but for the two ends of the model and between chunks of one rank
     raises     ScheduleError
     """
     if len(schedule.passes) != pp.size:
         raise ScheduleError(f"{schedule.name} has {len(schedule.passes)} ranks, the communicator {pp.size}")
-    coming, here, saved, sent, peak = {}, {}, {}, [], 0
-    order = schedule.passes[pp.rank]
+    coming, here, saved, sent, order = {}, {}, {}, [], schedule.passes[pp.rank]
+    live, peak, last = 0, 0, "W" if schedule.split else "B"
 
     def ask(step):
         needs = schedule.needs(pp.rank, step)
@@ -65,7 +65,8 @@ def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None,
             ask(after)
         if step.kind == "F":
             y, saved[step.chunk, step.microbatch] = forward(step.chunk, step.microbatch, take(step))
-            peak = max(peak, len(saved))
+            live += 1
+            peak = max(peak, live)
             give(step, y)
             y = None  # the message alone keeps it now
         elif step.kind == "B":
@@ -74,6 +75,7 @@ def run(pp, schedule, forward, backward, *, others=None, pack=None, unpack=None,
             kept = None
         else:
             others[step.kind](step.chunk, step.microbatch)
+        live -= step.kind == last
     for message in sent:
         message.wait()
     return peak
@@ -94,6 +96,11 @@ def backward_pass(x, seconds):
     return x
 
 
+@kernel(cost=lambda x, seconds: Cost(seconds), out=lambda x, seconds: x)
+def other_pass(x, seconds):
+    return x
+
+
 def replay(pp, schedule, seconds, message, **options):
     """`run` with passes that take given times, on devices like CLOCK: what messages do to a schedule.
 
@@ -101,12 +108,17 @@ def replay(pp, schedule, seconds, message, **options):
     options   of `run`
     """
     lasts, stages = by_stage(seconds), schedule.where[pp.rank]
+
+    def other(kind):
+        return lambda c, k: other_pass(message, lasts(kind, stages[c]))
+
+    kinds = {step.kind for step in schedule.passes[pp.rank]} - {"F", "B"}
     return run(
         pp,
         schedule,
         forward=lambda c, k, x: (forward_pass(message, lasts("F", stages[c])), None),
         backward=lambda c, k, saved, grad: backward_pass(message, lasts("B", stages[c])),
-        **options,
+        **{"others": {kind: other(kind) for kind in kinds}, **options},
     )
 
 

@@ -63,9 +63,9 @@ def _bars(found, schedule, axis, chunks):
 
 
 def _legend(found):
-    names = {"F": "forward", "B": "backward"}
+    names = {"F": "forward", "B": "backward", "W": "weights"}
     x = LEFT
-    for kind in sorted({step.kind for _, step in found}, key="FB".find):
+    for kind in sorted({step.kind for _, step in found}, key="FBW".find):
         yield f'<path fill="{COLOURS.get(kind, OTHER)}" d="{bar(x, 8, 16, 12)}"/>'
         yield label(x + 21, 18, names.get(kind, kind), "m")
         x += 90

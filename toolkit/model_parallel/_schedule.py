@@ -7,8 +7,9 @@
     `_pipeline.run` runs it over a communicator, `_pipeline_picture.draw` draws it.
 
 A rank has one or more chunks of layers; `where` says which stage of the model each is. A forward pass needs the output
-of the stage before, a backward pass the gradient of the stage after and its own forward pass. Other kinds of passes
-("W", say) need what precedes them on their rank.
+of the stage before, a backward pass the gradient of the stage after and its own forward pass. A schedule may split its
+backward passes: B then gives the gradient of the input, and W, any time after it on the same rank, that of the weights
+(`_zero_bubble`). Other kinds of passes need what precedes them on their rank.
 Sources: Huang et al. 2019 (GPipe); Narayanan et al. 2021, arXiv 2104.04473, section 2.2.
 Chapter: model_parallel/megatron.
 """
@@ -16,15 +17,18 @@ Chapter: model_parallel/megatron.
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from toolkit.runtime.errors import ShapeError
+
+BEFORE = {"B": "F", "W": "B"}  # kind -> kind of the pass of the same microbatch and chunk that comes first
 
 
 class Pass(NamedTuple):
     """One unit of a rank's work."""
 
-    kind: str  # "F" or "B", or another that a system adds
+    kind: str  # "F", "B", "W", or another that a system adds
     microbatch: int
     chunk: int = 0
 
@@ -50,6 +54,11 @@ class Schedule:
     @property
     def stages(self):
         return len(self.owner)
+
+    @property
+    def split(self):
+        """Whether weights have passes of their own."""
+        return any(step.kind == "W" for step in self.passes[0])
 
     def needs(self, rank, step):
         """(rank, Pass) whose result `step` waits for, or None."""
@@ -137,7 +146,8 @@ def _whole(**numbers):
 def times(schedule, seconds, hop=0.0):
     """Start and end of every pass, each as early as its rank and what it needs allow: {(rank, Pass): (start, end)}.
 
-    seconds   duration of a pass of one chunk, by kind, {"F": 1.0, "B": 2.0}; or a function (kind, stage) -> duration
+    seconds   duration of a pass of one chunk, by kind, {"F": 1.0, "B": 2.0}, of B alone where W is apart;
+              or a function (kind, stage) -> duration
     hop       seconds from one rank to another; sends cost the sender nothing
     raises    ScheduleError  passes wait for each other in a circle, or for one that never comes
     """
@@ -176,8 +186,8 @@ def _missing(needs, rank, step, done):
     """(rank, Pass) that `step` needs and that is not done, or None."""
     if needs is not None and needs not in done:
         return needs
-    own = rank, Pass("F", step.microbatch, step.chunk)
-    return own if step.kind == "B" and own not in done else None
+    own = rank, step._replace(kind=BEFORE.get(step.kind))
+    return own if step.kind in BEFORE and own not in done else None
 
 
 def _blocked(schedule, waiting, done):
@@ -200,7 +210,8 @@ def check(schedule):
     """
     for rank, order in enumerate(schedule.passes):
         found, chunks = Counter(order), range(len(schedule.where[rank]))
-        wanted = [Pass(kind, k, c) for kind in "FB" for k in range(schedule.microbatches) for c in chunks]
+        kinds = "FBW" if schedule.split else "FB"
+        wanted = [Pass(kind, k, c) for kind in kinds for k in range(schedule.microbatches) for c in chunks]
         for step in wanted:
             if found[step] != 1:
                 raise ScheduleError(f"{schedule.name}: rank {rank} has {_name(step)} {found[step]} times, not once")
@@ -213,23 +224,32 @@ def makespan(schedule, seconds, hop=0.0):
     return max(end for _, end in times(schedule, seconds, hop).values())
 
 
-def bubble(schedule, forward=1.0, backward=2.0):
-    """Idle time over ideal time, m (forward + backward), without messages. forward, backward: of all chunks of a rank.
+def longest_span(schedule, seconds, hop=0.0):
+    """Seconds from the first start to the last end of the rank that takes longest.
 
-    Not over total time: that would be (p - 1) / (m + p - 1) where this is (p - 1) / m.
+    That is a step if ranks need not start and end together: Qi et al. check the norm of the gradients after the update.
+    """
+    found = times(schedule, seconds, hop)
+    ends = [(found[rank, order[0]][0], found[rank, order[-1]][1]) for rank, order in enumerate(schedule.passes)]
+    return max(end - start for start, end in ends)
+
+
+def bubble(schedule, forward=1.0, backward=2.0, weights=1.0, together=True):
+    """Idle time over ideal time, m (forward + backward), without messages. Not over total time: that would be
+    (p - 1) / (m + p - 1) where this is (p - 1) / m.
+
+    forward, backward   of all chunks of a rank
+    weights             the part of `backward` that W passes do, if there are any
+    together            False: idle in `longest_span`, where ranks may start and end apart
     """
     chunks = len(schedule.where[0])
-    ideal = schedule.microbatches * (forward + backward)
-    return makespan(schedule, {"F": forward / chunks, "B": backward / chunks}) / ideal - 1
+    apart = {"B": backward - weights, "W": weights} if schedule.split else {"B": backward}
+    seconds = {kind: whole / chunks for kind, whole in {"F": forward, **apart}.items()}
+    total = (makespan if together else longest_span)(schedule, seconds)
+    return total / (schedule.microbatches * (forward + backward)) - 1
 
 
 def peaks(schedule):
-    """The most chunk activations that each rank keeps at once: forward passes whose backward pass is still to come."""
-
-    def peak(order):
-        live = [0]
-        for step in order:
-            live.append(live[-1] + {"F": 1, "B": -1}.get(step.kind, 0))
-        return max(live)
-
-    return [peak(order) for order in schedule.passes]
+    """The most chunk activations that each rank keeps at once: forward passes whose last backward pass is to come."""
+    change = {"F": 1, "W" if schedule.split else "B": -1}
+    return [max(accumulate((change.get(step.kind, 0) for step in order), initial=0)) for order in schedule.passes]
