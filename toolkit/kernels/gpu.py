@@ -29,6 +29,35 @@ def attention(q, k, v, causal=False, return_lse=False):
     return (out, lse[0]) if return_lse else out
 
 
+def attention_backward(q, k, v, out, lse, grad_out, causal=False, delta=None):
+    """The gradient that belongs to `attention`; float32, whatever travels in."""
+    if out is None:
+        out = along(grad_out, delta)
+    if q.is_cuda:
+        batch = [a[None].transpose(1, 2) for a in (grad_out, q, k, v, out)]
+        nothing = torch.zeros((), dtype=torch.int64, device=q.device)  # the dropout's random state
+        found = torch.ops.aten._flash_attention_backward(
+            *batch, lse[None].contiguous(), None, None, q.shape[1], k.shape[1], 0.0, causal, nothing, nothing
+        )
+        return tuple(grad[0].transpose(0, 1).float() for grad in found)
+    group = q.shape[0] // k.shape[0]
+    wide = [a.repeat_interleave(group, 0)[None] for a in (k, v)]
+    dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out[None], q[None], *wide, out[None], lse[None].contiguous(), 0.0, causal
+    )
+    return dq[0].float(), *(grad[0].float().unflatten(0, (-1, group)).sum(1) for grad in (dk, dv))
+
+
+def along(grad_out, delta):
+    """Some `out` with sum(grad_out * out) = delta, which is all that a gradient needs of it: the one along grad_out.
+
+    It is no longer than the true one, so it fits the same dtype.
+    """
+    grad = grad_out.float()
+    length = grad.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return (grad * (delta[..., None] / length)).to(grad_out.dtype)
+
+
 def empty_accumulator(q):
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     return out, torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
@@ -82,7 +111,7 @@ def cast(x, dtype):
 KERNELS = {  # the book's kernel -> what stands for it
     getattr(module, f.__name__): f
     for module, functions in (
-        (book, (attention, empty_accumulator, merge, finish, delta)),
+        (book, (attention, attention_backward, empty_accumulator, merge, finish, delta)),
         (elementwise, (accumulate,)),
         (layers, (cast,)),
         (algorithms, (combine, concatenate)),
