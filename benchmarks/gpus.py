@@ -1,12 +1,14 @@
 """Measure real GPUs: kernels, messages and collectives to calibrate with, and whole algorithms to be predicted.
 
     torchrun --nproc-per-node 2 benchmarks/gpus.py --environment "NVLink" --out nvlink.json
-    NCCL_P2P_DISABLE=1 torchrun …      messages through host memory
-    NCCL_MAX_NCHANNELS=1 torchrun …    one channel
+    NCCL_P2P_DISABLE=1 torchrun …                         messages through host memory
+    NCCL_MAX_NCHANNELS=1 torchrun …                       one channel
+    NCCL_ALGO=Ring torchrun … --parts all_reduce          the all-reduce alone, 1 KB to 256 MB, by rings
 
-The file has the rows that `python -m toolkit calibrate` fits ("micro"), and for each algorithm its step time, the
-seconds of its kernels, and what is left: communication that nothing hid. All by CUDA events, of the slowest rank
-("algorithms"). Every algorithm is first compared with one GPU in float32.
+The file has the rows that `python -m toolkit calibrate` fits ("micro"), and for each algorithm, forward and forward
+with backward, its step time, the seconds of its kernels, and what is left: communication that nothing hid. All by
+CUDA events, of the slowest rank ("algorithms"). Every algorithm is first compared with one GPU in float32.
+What the virtual machine says of the same rows: benchmarks/predict.py.
 """
 
 import argparse
@@ -21,22 +23,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from toolkit.kernels.gpu import attention
+from toolkit.kernels.gpu import attention, attention_backward
 from toolkit.runtime import gpu, shard
-from toolkit.sequence_parallel import lasp2, ring_attention, token_ring, ulysses
+from toolkit.sequence_parallel._real_machines import ALGORITHMS, TRAINED, program, shapes
 
 KB, MB = 2**10, 2**20
-HEAD_DIM = 128
-ALGORITHMS = {  # name -> (program, options)
-    "ring": (ring_attention.attention, {}),
-    "bidirectional ring": (ring_attention.bidirectional_attention, {}),
-    "zigzag ring": (ring_attention.attention, {"causal": True, "layout": "zigzag"}),
-    "TokenRing": (token_ring.attention, {}),
-    "TokenRing zigzag": (token_ring.attention, {"causal": True, "layout": "zigzag"}),
-    "Ulysses": (ulysses.attention, {}),
-    "Ulysses causal": (ulysses.attention, {"causal": True}),
-    "LASP-2": (lasp2.attention, {"causal": True}),
-}
+HEAD_DIM, TOKENS = 128, [4096, 8192, 16384, 32768, 65536]
+PARTS = ["errors", "micro", "algorithms", "overlap", "all_reduce"]
+ALL_REDUCE = [KB * 4**k for k in range(10)]  # 1 KB … 256 MB, as ASTRA-sim validates against NCCL's ring
 
 
 def timed(call, repetitions=12, warm=3):
@@ -87,10 +81,6 @@ def micro(cluster):
         operation = [dist.P2POp(dist.isend, x, 1)] if rank == 0 else [dist.P2POp(dist.irecv, x, 0)] if rank == 1 else []
         return lambda: [work.wait() for work in dist.batch_isend_irecv(operation)] if operation else None
 
-    def all_reduce(n):
-        x = torch.zeros(n // 2, device="cuda", dtype=torch.float16)
-        return lambda: dist.all_reduce(x)
-
     def all_gather(n):
         x, out = half(n), half(n * size)
         return lambda: dist.all_gather_into_tensor(out, x)
@@ -111,6 +101,8 @@ def micro(cluster):
         "copy": rows("bytes", [MB, 16 * MB, 256 * MB, 1024 * MB], copy),
         "flash_fwd": [flash(heads, n, causal) for heads in (32, 8) for causal in (False, True)
                       for n in (1024, 2048, 4096, 8192, 16384, 32768)],
+        "flash_fwd_bwd": [flash(32, n, causal, backward=True) for causal in (False, True)
+                          for n in (1024, 2048, 4096, 8192, 16384)],
         "p2p_ring_shift": rows("bytes", messages, shift),
         "p2p_one_way": rows("bytes", messages, one_way),
         "all_reduce": rows(column, collectives, all_reduce),
@@ -120,23 +112,40 @@ def micro(cluster):
     }  # fmt: skip
 
 
-def flash(heads, n, causal):
-    q, k, v = (torch.randn(heads, n, HEAD_DIM, device="cuda").to(torch.float16) for _ in range(3))
-    return {"heads": heads, "n": n, "d": HEAD_DIM, "causal": causal, **timed(lambda: attention(q, k, v, causal, True))}
+def all_reduce(n):
+    x = torch.zeros(n // 2, device="cuda", dtype=torch.float16)
+    return lambda: dist.all_reduce(x)
 
 
-def arrays(tokens, heads, kv_heads, layout, dtype=np.float16):
-    """Shards of q, k and v; 4 096 random tokens over and over, since drawing a million takes minutes."""
-    rng, some = np.random.default_rng(0), min(tokens, 4096)
-    drawn = [rng.standard_normal((h, some, HEAD_DIM), np.float32).astype(dtype) for h in (heads, kv_heads, kv_heads)]
-    return [shard(np.tile(a, (1, tokens // some, 1)), 1, layout) for a in drawn]
+def flash(heads, n, causal, backward=False):
+    q, k, v, grad = (torch.randn(heads, n, HEAD_DIM, device="cuda").to(torch.float16) for _ in range(4))
+
+    def call():
+        out, lse = attention(q, k, v, causal, True)
+        if backward:
+            attention_backward(q, k, v, out, lse, grad, causal)
+
+    return {"heads": heads, "n": n, "d": HEAD_DIM, "causal": causal, **timed(call)}
 
 
-def algorithm(cluster, name, tokens, heads, kv_heads, repetitions=9, warm=3):
-    """Medians over the repetitions of the slowest rank: step, kernels, exposed."""
-    program, options = ALGORITHMS[name]
-    shards = arrays(tokens, heads, kv_heads, options.get("layout", "contiguous"))
-    steps, kernels, once = [], [], cluster.prepare(program, shards, options)
+def row(name, tokens, kv_heads, backward=False, heads=32):
+    return {"algorithm": name, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM,
+            "backward": backward}  # fmt: skip
+
+
+def inputs(row, layout):
+    """Shards of random float16; 4 096 tokens over and over, since drawing a million takes minutes."""
+    rng, some, found = np.random.default_rng(0), min(row["tokens"], 4096), []
+    for heads, tokens, width in shapes(row):
+        drawn = rng.standard_normal((heads, some, width), np.float32).astype(np.float16)
+        found.append(shard(np.tile(drawn, (1, tokens // some, 1)), 1, layout))
+    return found
+
+
+def algorithm(cluster, row, repetitions=9, warm=3):
+    """The row with medians over the repetitions of the slowest rank: step, kernels, exposed."""
+    call, options, layout = program(row)
+    steps, kernels, once = [], [], cluster.prepare(call, inputs(row, layout), options)
     for turn in range(warm + repetitions):
         machine, _ = once()
         mine = torch.tensor([machine.makespan, sum(machine.kernel_seconds())], device=cluster.place)
@@ -147,36 +156,51 @@ def algorithm(cluster, name, tokens, heads, kv_heads, repetitions=9, warm=3):
             steps.append(step)
             kernels.append(busy)
     return {
-        "algorithm": name, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM,
-        "dtype": "float16", "median": median(steps), "min": min(steps), "max": max(steps),
+        **row, "median": median(steps), "min": min(steps), "max": max(steps),
         "kernels": median(kernels), "exposed": median(s - k for s, k in zip(steps, kernels, strict=True)),
     }  # fmt: skip
 
 
 def errors(cluster, tokens):
-    """Largest difference to one GPU in float32, by algorithm, for inputs in float16."""
+    """Largest difference to one GPU in float32, by algorithm, for inputs in float16: of the result, of gradients."""
     found = {}
-    for name, (program, options) in ALGORITHMS.items():
-        layout = options.get("layout", "contiguous")
-        shards = arrays(tokens, 8, 8, layout)
-        run = cluster.run(program, *shards, **options)
-        if run and name != "LASP-2":
-            q, k, v = (torch.from_numpy(s.array).to(cluster.place).float() for s in shards)
-            scores = q @ k.swapaxes(1, 2) / HEAD_DIM**0.5
-            if options.get("causal"):
-                scores = scores.masked_fill(~torch.ones(scores.shape[1:], device=q.device).tril().bool(), -torch.inf)
-            want = torch.softmax(scores, -1) @ v
-            found[name] = float(np.abs(run.gather(1, layout) - want.cpu().numpy()).max())
+    for name, backward in everything():
+        if name == "LASP-2":  # not softmax
+            continue
+        asked = row(name, tokens, 8, backward, heads=8)
+        call, options, layout = program(asked)
+        shards = inputs(asked, layout)
+        run = cluster.run(call, *shards, **options)
+        if run:
+            ours = run.gather(1, layout)
+            want = dense([torch.from_numpy(s.array).to(cluster.place).float() for s in shards], options)
+            pairs = zip(ours if backward else [ours], want, strict=True)
+            found[name + " backward" * backward] = max(float(np.abs(a - b.cpu().numpy()).max()) for a, b in pairs)
     return found
 
 
-def overlap(cluster, name, tokens, heads=32):
+def dense(arrays, options):
+    """[out], or with a gradient among the arrays [dq, dk, dv], by autograd."""
+    q, k, v = (a.requires_grad_() for a in arrays[:3])
+    scores = q @ k.swapaxes(1, 2) / HEAD_DIM**0.5
+    if options.get("causal"):
+        scores = scores.masked_fill(~torch.ones(scores.shape[1:], device=q.device).tril().bool(), -torch.inf)
+    out = torch.softmax(scores, -1) @ v
+    return [out.detach()] if len(arrays) == 3 else torch.autograd.grad(out, (q, k, v), arrays[3])
+
+
+def everything():
+    """(name, with backward or not)"""
+    return [(name, False) for name in ALGORITHMS] + [(name, True) for name in TRAINED]
+
+
+def overlap(cluster, name, tokens):
     """From the profiler: seconds of NCCL's kernels, and how many of them pass while another kernel runs."""
     from torch.profiler import ProfilerActivity, profile
 
-    program, options = ALGORITHMS[name]
-    shards = arrays(tokens, heads, heads, options.get("layout", "contiguous"))
-    once = cluster.prepare(program, shards, options)
+    asked = row(name, tokens, 32)
+    call, options, layout = program(asked)
+    once = cluster.prepare(call, inputs(asked, layout), options)
     for _ in range(3):
         once()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
@@ -194,8 +218,8 @@ def main():
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--environment", default="default")
     options.add_argument("--out", required=True)
-    options.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768, 65536])
-    options.add_argument("--skip-micro", action="store_true")
+    options.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    options.add_argument("--parts", nargs="+", default=PARTS[:4], choices=PARTS)
     options = options.parse_args()
     cluster, began = gpu.Cluster(), time.monotonic()
     result = {
@@ -209,22 +233,34 @@ def main():
         "date": date.today().isoformat(),
         "units": "seconds, CUDA events on the slowest rank; median, min, max of 9 to 12 runs after 3 to warm up",
     }
-    result["errors"] = errors(cluster, 512)
-    if not options.skip_micro:
-        result["micro"] = micro(cluster)
-    result["algorithms"] = []
-    for tokens in options.tokens:
-        for kv_heads in (32, 8):
-            for name in ALGORITHMS:
-                result["algorithms"].append(algorithm(cluster, name, tokens, 32, kv_heads if name != "LASP-2" else 32))
+    for part in options.parts:
+        result[part] = measure(cluster, part, options.tokens)
         if cluster.rank == 0:
-            print(f"{options.environment}: {tokens:,} tokens, {time.monotonic() - began:.0f} s", flush=True)
-    if cluster.cuda:
+            print(f"{options.environment}: {part}, {time.monotonic() - began:.0f} s", flush=True)
+            with open(options.out, "w", encoding="utf-8") as out:  # what there is, should the next part fail
+                json.dump(result, out, indent=1)
+
+
+def measure(cluster, part, tokens):
+    if part == "errors":
+        return errors(cluster, 512)
+    if part == "micro":
+        return micro(cluster)
+    if part == "algorithms":
+        return [algorithm(cluster, asked) for asked in asked_rows(tokens)]
+    if part == "overlap":
         shown = ("ring", "zigzag ring", "TokenRing", "Ulysses", "LASP-2")
-        result["overlap"] = [overlap(cluster, name, options.tokens[-1]) for name in shown]
-    if cluster.rank == 0:
-        with open(options.out, "w", encoding="utf-8") as out:
-            json.dump(result, out, indent=1)
+        return [overlap(cluster, name, tokens[-1]) for name in shown]
+    return rows("bytes_per_rank_input", ALL_REDUCE, all_reduce)
+
+
+def asked_rows(tokens):
+    """What is timed: all lengths, 32 and 8 key heads; LASP-2 has as many as queries."""
+    return [
+        row(name, n, kv_heads, backward)
+        for n in tokens for kv_heads in (32, 8) for name, backward in everything()
+        if kv_heads == 32 or name != "LASP-2"
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

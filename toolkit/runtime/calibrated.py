@@ -41,13 +41,12 @@ class Calibrated:
 
     def predict(self, row):
         """Seconds that the model gives for a row."""
-        if row.set in KERNEL_SETS:
-            return max(self.floors.get(row.set, 0.0), self.kernels(row))
-        return self.run(row).makespan
+        hidden, on_top = self.parts(row)
+        return max(self.floors.get(row.set, 0.0), hidden) + on_top
 
     def run(self, row):
-        """The virtual run of a message or collective row."""
-        link = replace(self.link, latency=self.link.latency / 2, floor=self.floors.get(row.set, 0.0))  # two hops
+        """The virtual run of a message or collective row, without its floor."""
+        link = replace(self.link, latency=self.link.latency / 2)  # two hops
         if row.set in SHORT_SETS and row.nbytes <= SHORT:
             link = replace(link, flow_cap=min(link.flow_cap, self.short_rate))
         cluster = Cluster(topology.switch(self.world, link), device=self.device)
@@ -62,12 +61,15 @@ class Calibrated:
         return self.parts(row)[0] < self.floors.get(row.set, 0.0)
 
     def parts(self, row):
-        """(seconds that a floor can hide, seconds on top): a call's kernels; or its messages, and its copies."""
+        """(seconds that a floor can hide, seconds on top): a call's kernels; or its messages, and its copies.
+
+        However many messages a collective has, it is one call.
+        """
         if row.set in KERNEL_SETS:
             return self.kernels(row), 0.0
-        run = replace(self, floors={}).run(row)
-        moving = sum(event.end - event.start for event in run.trace if event.kind == "send" and event.rank == 0)
-        return moving, run.makespan - moving
+        run = self.run(row)
+        copies = sum(event.end - event.start for event in run.trace if event.kind == "compute" and event.rank == 0)
+        return run.makespan - copies, copies
 
 
 # ---- what was timed -------------------------------------------------------------------------------------------------

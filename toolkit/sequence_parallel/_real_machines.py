@@ -1,0 +1,57 @@
+"""The algorithms that are timed on real GPUs (`benchmarks/gpus.py`), and what the virtual machine predicts for them.
+
+A row says what was timed: {"algorithm", "tokens", "heads", "kv_heads", "head_dim", "backward"}; a measured one adds
+"median", "kernels" and "exposed" seconds. Inputs are float16. Chapter: sequence_parallel/on_real_machines.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from toolkit.runtime import Cluster, shard, topology
+from toolkit.runtime.arrays import like
+
+from . import lasp2, ring_attention, token_ring, ulysses
+
+ZIGZAG = {"causal": True, "layout": "zigzag"}
+ALGORITHMS = {  # name -> (system, forward program, options)
+    "ring": (ring_attention, ring_attention.attention, {}),
+    "bidirectional ring": (ring_attention, ring_attention.bidirectional_attention, {}),
+    "zigzag ring": (ring_attention, ring_attention.attention, ZIGZAG),
+    "TokenRing": (token_ring, token_ring.attention, {}),
+    "TokenRing zigzag": (token_ring, token_ring.attention, ZIGZAG),
+    "Ulysses": (ulysses, ulysses.attention, {}),
+    "Ulysses causal": (ulysses, ulysses.attention, {"causal": True}),
+    "LASP-2": (lasp2, lasp2.attention, {"causal": True}),
+}
+TRAINED = ("ring", "zigzag ring", "TokenRing", "TokenRing zigzag")  # timed forward with backward too
+
+
+def program(row):
+    """(program, options, layout of its inputs) of a row. With "backward" the program also takes a gradient."""
+    system, forward, options = ALGORITHMS[row["algorithm"]]
+    if row.get("backward"):
+        forward = partial(forward_and_backward, system)
+    return forward, options, options.get("layout", "contiguous")
+
+
+def forward_and_backward(system, comm, q, k, v, grad_out, **options):
+    """(dq, dk, dv)"""
+    out, lse = system.attention(comm, q, k, v, return_lse=True, **options)
+    return system.attention_backward(comm, q, k, v, out, lse, grad_out, **options)
+
+
+def shapes(row):
+    """Shapes of q, k, v and, with "backward", the gradient: (heads, tokens, head_dim)."""
+    tokens, width = row["tokens"], row["head_dim"]
+    heads = [row["heads"], row["kv_heads"], row["kv_heads"], *[row["heads"]] * bool(row.get("backward"))]
+    return [(n, tokens, width) for n in heads]
+
+
+def predicted(calibrated, row, world):
+    """The virtual run of a row on `world` GPUs that are fitted by `calibration.fit`, joined by one switch."""
+    link = replace(calibrated.link, latency=calibrated.link.latency / 2, floor=calibrated.floors["p2p_ring_shift"])
+    forward, options, layout = program(row)
+    inputs = [shard(like(shape, np.float16), 1, layout) for shape in shapes(row)]
+    return Cluster(topology.switch(world, link), device=calibrated.device).run(forward, *inputs, **options)
