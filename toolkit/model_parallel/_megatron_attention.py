@@ -20,6 +20,16 @@ def scores_in_memory(dropout=0.0, seed=0):
     return Attention(partial(forward, mask), partial(backward, mask))
 
 
+def scores_again(dropout=0.0, seed=0):
+    """The same, but probabilities are computed again in the backward pass: Korthikanti et al. 2022's selective way."""
+    kept = scores_in_memory(dropout, seed)
+
+    def backward_again(comm, saved, grad):
+        return kept.backward(comm, kept.forward(comm, *saved)[1], grad)
+
+    return Attention(lambda comm, q, k, v: (kept.forward(comm, q, k, v)[0], (q, k, v)), backward_again)
+
+
 def forward(mask, _comm, q, k, v):
     """(out, saved)"""
     q = scaled(q, q.shape[-1] ** -0.5)

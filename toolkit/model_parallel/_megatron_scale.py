@@ -5,7 +5,8 @@ A trillion parameters on 3 072 GPUs is 6 equal replicas of 64 stages of 8 equal 
   2. one pipeline, a rank a stage, by `_schedule.makespan`, with passes of those seconds and messages between them;
   3. the all-reduce of one rank's gradients over its replicas, run;
   4. the optimiser reads and writes its states.
-Nothing of this overlaps, as in the code of 2021: a rank waits for what it sends, too.
+Nothing of this overlaps, as in the code of 2021: a rank waits for what it sends, too. With `overlap`, the weights and
+gradients that ZeRO's second and third stage move layer by layer travel beside the products.
 
 Machine: nodes of 8 A100, NVLink 3 between them, a 200 Gb/s NIC each. Products attain a constant share of the peak, the
 one number that is fitted. Attention writes its scores to memory; layers are recomputed in the backward pass.
@@ -14,22 +15,33 @@ Chapter: model_parallel/megatron.
 
 from dataclasses import dataclass, replace
 from functools import cache
-from types import SimpleNamespace
 
-import numpy as np
 from scipy.optimize import brentq
 
-from toolkit.kernels.layers import add
-from toolkit.runtime import Cluster, hardware, like, topology
-from toolkit.sequence_parallel._block import block_weights
+from toolkit.runtime import hardware, like
 
-from . import _layers as layers
+from . import _zero_bubble as zero_bubble
 from . import megatron
-from ._megatron_attention import scores_in_memory
-from ._model import add_up, cut_block
+from ._megatron_pieces import (
+    MACHINES,
+    all_reduce_seconds,
+    gather_seconds,
+    layer_seconds,
+    nodes_of,
+    pieces,
+)
 from ._schedule import makespan, peaks
 
-NODE, NVLINK, NIC = 8, hardware.NVLINK3, hardware.IB_HDR
+__all__ = ["Job", "Step", "all_reduce_seconds", "gather_seconds", "layer_seconds", "nodes_of", "pieces", "step"]
+
+NVLINK, NIC = MACHINES["a100"].link, MACHINES["a100"].nic
+SPLIT = {
+    "ZB-H1": zero_bubble.zb_h1,
+    "ZB-H2": zero_bubble.zb_h2,
+    "V-Min": zero_bubble.v_min,
+    "V-Half": zero_bubble.v_half,
+    "V-ZB": zero_bubble.v_zb,
+}
 ADAM_BYTES = 28  # a parameter: reads a 2-byte gradient, reads and writes 3 numbers of 4 bytes, writes 2-byte weights
 
 
@@ -39,7 +51,10 @@ class Job:
 
     layers, h, heads   the model                   batch     B, sequences
     t, p, d            the grid                    b, v      sequences a microbatch, chunks of layers a rank
-    kind               see `megatron.schedule`
+    kind               see `megatron.schedule`, and SPLIT: those have the chunks that they need
+    recompute          in the backward pass: "full" layers, the scores of "attention", or "none"
+    zero, overlap      stage of `_zero`; whether what stages 2 and 3 move for each pass travels beside the products
+    machine            one of MACHINES
     """
 
     layers: int
@@ -55,6 +70,15 @@ class Job:
     scatter_gather: bool = True
     s: int = 2048
     vocabulary: int = 51_200
+    recompute: str = "full"
+    zero: int = 0
+    overlap: bool = False
+    machine: str = "a100"
+
+    @property
+    def replicas(self):
+        """(d, how many of them on a node, machine): what a collective over replicas depends on."""
+        return self.d, max(1, MACHINES[self.machine].node // self.t), self.machine
 
     @property
     def devices(self):
@@ -90,36 +114,77 @@ class Step:
 
 @cache
 def step(job, efficiency):
-    """Predict one step: a Step. efficiency: share of the A100's peak that products attain."""
-    order, mine = megatron.schedule(job.kind, job.p, job.microbatches, job.v), numbers_of(job)
-    gradients = all_reduce_seconds(job.d, max(1, NODE // job.t), mine)
-    gradients += all_reduce_seconds(min(job.p, 2), 1, job.vocabulary * job.h // job.t)  # the tied embedding
-    optimiser = ADAM_BYTES * mine / hardware.A100.memory_bandwidth
-    return Step(job, makespan(order, pass_seconds(job, order, efficiency)), gradients, optimiser)
+    """Predict one step: a Step. efficiency: share of the device's peak that products attain."""
+    few = outline(job.kind, job.p, job.v)
+    seconds, mine = pass_seconds(job, few, efficiency), numbers_of(job)
+    gradients = flush_seconds(job)
+    if few.owner[0][0] != few.owner[few.stages - 1][0]:
+        gradients += all_reduce_seconds(2, 1, job.vocabulary * job.h // job.t, job.machine)  # the tied embedding
+    moved = ADAM_BYTES * mine // (job.d if job.zero else 1)
+    optimiser = moved / MACHINES[job.machine].device.memory_bandwidth
+    return Step(
+        job, makespan(schedule(job.kind, job.p, job.microbatches, job.v, seconds), seconds), gradients, optimiser
+    )
 
 
-def pass_seconds(job, order, efficiency):
+def schedule(kind, p, m, v=1, seconds=zero_bubble.ALIKE):
+    """The Schedule of that name. seconds: as for `times`; schedules of SPLIT place their W passes by it."""
+    return SPLIT[kind](p, m, seconds) if kind in SPLIT else megatron.schedule(kind, p, m, v)
+
+
+@cache
+def outline(kind, p, v):
+    """The schedule for as many microbatches as ranks: what can be told without their number."""
+    return schedule(kind, p, p, v)
+
+
+def flush_seconds(job, all_reduce=all_reduce_seconds):
+    """Seconds in which replicas sum gradients, and share weights, once a batch: ZeRO's second stage has summed the
+    layers' before, its third has nothing to share."""
+    mine, ends = numbers_of(job), job.vocabulary * job.h // job.t
+    d, per_node, machine = job.replicas
+    if job.zero < 2:
+        return all_reduce(d, per_node, mine, machine)
+    shared = all_reduce(d, per_node, mine - ends, machine) / 2 if job.zero == 2 else 0.0
+    return all_reduce(d, per_node, ends, machine) + shared
+
+
+def pass_seconds(job, order, efficiency, all_reduce=all_reduce_seconds):
     """(kind, stage) -> seconds of a pass, with the gather of what comes in and the way of what goes out.
 
     Who waits for its send is as busy as if the pass took longer, so a pass of `pass + message` seconds and a hop of 0
     are the same schedule; on the machine, `_pipeline.replay(…, overlap=False)`.
+    order        any Schedule of the job's kind, p and v
+    all_reduce   seconds of that collective: another than `all_reduce_seconds` for a bound
     """
     cost, last, each = layer_seconds(shape(job), efficiency), order.stages - 1, job.layers // order.stages
     message = like((job.b * job.s // (job.t if job.scatter_gather else 1), job.h), "float16")
-    gather = gather_seconds(job.t, message.shape) if job.scatter_gather else 0.0
-    inside = NODE // (job.t * job.d)  # stages of a pipeline on one node
+    gather = gather_seconds(job.t, message.shape, job.machine) if job.scatter_gather else 0.0
+    (d, per_node, machine), on = job.replicas, MACHINES[job.machine]
+    inside = on.node // (job.t * d)  # stages of a pipeline on one node
+    half = all_reduce(d, per_node, each * 12 * job.h**2 // job.t, machine) / 2 if job.zero > 1 else 0.0
+    moved = {"F": half * (job.zero == 3), "B": half * (job.zero == 3), "W": half}  # weights come, gradients go
 
     def way(a, b):
-        """Seconds from stage a to stage b, of which one may not exist."""
-        if not (0 <= a <= last and 0 <= b <= last) or job.p == 1:
+        """Seconds from stage a to stage b, of which one may not exist, or be on the same rank."""
+        if not (0 <= a <= last and 0 <= b <= last) or order.owner[a][0] == order.owner[b][0]:
             return 0.0
-        link = NVLINK if inside > 1 and a % job.p // inside == b % job.p // inside else NIC
+        link = on.link if inside > 1 and order.owner[a][0] // inside == order.owner[b][0] // inside else on.nic
         return link.latency * 2 + message.nbytes / link.bandwidth
 
+    def work(kind, stage):
+        return each * cost.layer[kind] + (stage == 0) * cost.embedding[kind] + (stage == last) * cost.head[kind]
+
+    @cache
     def seconds(kind, stage):
-        work = each * cost.layer[kind] + (stage == 0) * cost.embedding[kind] + (stage == last) * cost.head[kind]
-        ahead = 1 if kind == "F" else -1
-        return work + way(stage, stage + ahead) + gather * (way(stage - ahead, stage) > 0)
+        products, travels = work(kind, stage), moved[kind]
+        if kind == "B" and order.split:
+            products -= work("W", stage)
+        elif kind == "B":
+            travels += moved["W"]
+        products = max(products, travels) if job.overlap else products + travels
+        ahead = {"F": 1, "B": -1}.get(kind)
+        return products + (way(stage, stage + ahead) + gather * (way(stage - ahead, stage) > 0) if ahead else 0.0)
 
     return seconds
 
@@ -150,79 +215,10 @@ def numbers_of(job):
     return job.layers // job.p * 12 * job.h**2 // job.t + job.vocabulary * job.h // job.t
 
 
-# ---- the runs that tell how long a piece takes -----------------------------------------------------------------------
-
-
-def nodes_of(count, per_node):
-    """`count` ranks on nodes that have `per_node` of them each."""
-    inside = min(count, per_node)
-    return topology.two_level(count // inside, inside, NVLINK, NIC, inside="switch")
-
-
 def shape(job):
     """What a layer's time depends on."""
-    return Job(1, job.h, job.heads, 1, t=job.t, b=job.b, s=job.s, vocabulary=job.vocabulary)
-
-
-@cache
-def layer_seconds(job, efficiency):
-    """Of a layer, the embedding and the head on one tensor group: seconds, {"F": …, "B": …}, and the peak of memory."""
-    device = replace(hardware.A100, compute_efficiency=efficiency)
-    run = Cluster(nodes_of(job.t, NODE), device).run(pieces, job)
-    return SimpleNamespace(peak=max(run.peak_memory), **run.outputs[0])
-
-
-def pieces(comm, job):
-    """Run each piece forward and backward and look at the clock."""
-    head_dim, tokens = job.h // job.heads, job.b * job.s
-    whole = block_weights(None, job.h, job.heads, job.heads, head_dim, 4 * job.h, "float16")
-    setting = layers.Setting(comm, comm.group([comm.rank]), scores_in_memory(dropout=0.1), head_dim, np.arange(job.s))
-    weights, table = cut_block(whole, comm.rank, comm.size, head_dim), like((job.vocabulary // job.t, job.h), "float16")
-    x, norm, text = like((tokens, job.h), "float16"), like((job.h,), "float16"), like((tokens,), "int64")
-    losses = like((tokens,), "float32")
-
-    def layer():
-        _, saved = layers.recomputed(setting, weights, x)
-        yield
-        _, grads = layers.recomputed_backward(setting, weights, saved, x)
-        add_up(grads, grads)  # to those of earlier microbatches
-        yield
-
-    def embedding():
-        layers.embedding(setting, table, text)
-        yield
-        add(table, layers.embedding_backward(setting, table, text, x))
-        yield
-
-    def head():
-        _, saved = layers.head(setting, norm, table.T, x, text)
-        yield
-        add(table, layers.head_backward(setting, norm, table.T, saved, text, losses)[2].T)
-        yield
-
-    return {piece.__name__: timed(comm, piece()) for piece in (layer, embedding, head)}
-
-
-def timed(comm, both_ways):
-    start = comm.now
-    next(both_ways)
-    middle = comm.now
-    next(both_ways)
-    return {"F": middle - start, "B": comm.now - middle}
-
-
-@cache
-def gather_seconds(t, part):
-    """Seconds to put a message of `t` parts together in a tensor group."""
-    group = Cluster(nodes_of(t, NODE), hardware.A100)
-    return group.run(lambda comm: layers.all_gather(comm, like(part, "float16")) is None).makespan
-
-
-@cache
-def all_reduce_seconds(ranks, per_node, numbers):
-    """Seconds to all-reduce 16-bit numbers over ranks, `per_node` of them on a node."""
-    everyone = Cluster(nodes_of(ranks, per_node), hardware.A100)
-    return everyone.run(lambda comm: layers.all_reduce(comm, like((numbers,), "float16")) is None).makespan
+    return Job(1, job.h, job.heads, 1, t=job.t, b=job.b, s=job.s, vocabulary=job.vocabulary, recompute=job.recompute,
+               machine=job.machine)  # fmt: skip
 
 
 @cache
