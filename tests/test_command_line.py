@@ -24,8 +24,13 @@ def test_run_compares_two_systems_and_writes_a_trace(capsys, tmp_path):
     assert json.loads(file.read_text())["traceEvents"]
 
 
-def test_a_numeric_run_says_how_far_it_is_from_one_device(capsys):
-    main("run token_ring --tokens 64 --heads 2 --head-dim 8 --dtype float64 --causal --layout zigzag".split())
+@pytest.mark.parametrize(
+    "asked",
+    ["token_ring --causal --layout zigzag", "ring_attention --causal --layout striped", "ulysses", "light_seq --causal",
+     "lasp2 --causal", "lasp2:softmax_attention"],
+)  # fmt: skip
+def test_a_numeric_run_says_how_far_it_is_from_one_device(capsys, asked):
+    main(f"run {asked} --tokens 64 --heads 4 --head-dim 8 --dtype float64".split())
     line = next(s for s in capsys.readouterr().out.splitlines() if "difference" in s)
     assert float(line.rsplit(" ", 1)[1]) < 1e-12
 
@@ -44,6 +49,9 @@ def test_bidirectional_ring_is_reached_by_its_function_name(capsys):
         ("run token_ring --devices 3 --topology pcie", "even"),
         ("run token_ring --tokens 9 --layout zigzag --causal", "pad to 16"),
         ("run ring_attention:nothing", "nothing"),
+        ("run token_ring:attention_backward", "attention_backward"),
+        ("run flash_attention", "ranks"),
+        ("run ulysses --layout zigzag", "--layout"),
         ("run token_ring --heads 8 --kv-heads 3", "3"),
         ("run token_ring --bandwidth -1", "bandwidth"),
         ("claims --system nobody", "token_ring"),

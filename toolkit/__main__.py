@@ -1,8 +1,10 @@
 """The command line: `python -m toolkit systems | run | recommend | claims | calibrate`."""
 
 import argparse
+import inspect
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -132,11 +134,11 @@ MACHINES = {  # name -> (builder, default link)
 def run_system(options):
     from toolkit.show import text
 
-    programs = {name: _program(name) for name in [options.system, *options.compare]}
+    programs = {name: _program(name, options) for name in [options.system, *options.compare]}
     cluster, arrays = (_cluster if options.backend == "virtual" else _processes)(options), _arrays(options)
     shards = [shard(a, axis=1, layout=options.layout) for a in arrays]
     for _ in range(1 if options.backend == "virtual" else 2):  # real kernels compile in a first run
-        runs = {n: cluster.run(p, *shards, causal=options.causal, layout=options.layout) for n, p in programs.items()}
+        runs = {name: cluster.run(program, *shards) for name, program in programs.items()}
     if None in runs.values():
         return  # rank 0 tells
     machine = f"{cluster.topology.name} of {cluster.device.name}" if options.backend == "virtual" else cluster
@@ -144,7 +146,7 @@ def run_system(options):
           f"{options.head_dim}, {options.dtype}{', causal ' + options.layout if options.causal else ''}\n")  # fmt: skip
     print(text.table([_row(name, run) for name, run in runs.items()], HEADERS))
     if not options.shape_only:
-        print("\n" + "\n".join(_check(name, run, arrays, options) for name, run in runs.items()))
+        print("\n" + "\n".join(_check(name, programs[name], run, arrays, options) for name, run in runs.items()))
     for name, run in runs.items():
         print(f"\n{name}\n{text.timeline(run)}")
     if options.perfetto:
@@ -152,12 +154,19 @@ def run_system(options):
         print(f"\nwrote {options.perfetto}: open it at ui.perfetto.dev")
 
 
-def _program(name):
+def _program(name, options):
+    """The system's program with mask and layout set, as far as it takes them."""
     system, _, function = name.partition(":")
     program = getattr(find(system).module(), function or "attention", None)
-    if not callable(program):
-        raise ValueError(f"{system} has no function {function or 'attention'!r} to run on q, k and v")
-    return program
+    takes = inspect.signature(program).parameters if callable(program) else {}
+    needs = [name for name, value in takes.items() if value.default is value.empty and value.kind != value.VAR_KEYWORD]
+    if needs != ["comm", "q", "k", "v"]:
+        raise ValueError(f"{system} has no program {function or 'attention'!r} that ranks run on q, k and v")
+    asked = {"causal": options.causal, "layout": options.layout}
+    for option, usual in (("causal", False), ("layout", "contiguous")):
+        if option not in takes and asked.pop(option) != usual:
+            raise ValueError(f"{name} does not take --{option}: leave it out")
+    return partial(program, **asked)
 
 
 def _cluster(options):
@@ -221,11 +230,9 @@ def _row(name, run):
     )
 
 
-def _check(name, run, arrays, options):
-    from toolkit.kernels.attention import attention
-
-    q, k, v = (a.astype(np.float64) for a in arrays)
-    error = np.abs(run.gather(axis=1, layout=options.layout) - attention(q, k, v, options.causal)).max()
+def _check(name, program, run, arrays, options):
+    alone = Cluster(topology.full_mesh(1, hardware.NVLINK4)).run(program, *(a.astype(np.float64) for a in arrays))
+    error = np.abs(run.gather(axis=1, layout=options.layout) - alone.outputs[0]).max()
     return f"{name}: largest difference to one device in float64: {error:.1e}"
 
 
