@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -47,14 +48,25 @@ def test_tensors_give_the_numbers_of_the_virtual_machine(real, name):
             np.testing.assert_allclose(other, mine, rtol=tolerance, atol=tolerance)
 
 
-def test_a_program_that_fails_on_one_rank_ends_all_with_its_rank(tmp_path):
-    file = tmp_path / "fails.py"
+FAILURES = {  # what rank 1 does while the others wait for it; what is said
+    "raises": ("raise ValueError('boom')", ["raised on rank 1", "boom"]),
+    "is killed": ("os.kill(os.getpid(), 9)", ["rank      : 1", "Signal 9"]),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_rank_that_fails_ends_all_within_ten_seconds_and_is_named(tmp_path, failure):
+    does, words = FAILURES[failure]
+    file, last = tmp_path / "fails.py", tmp_path / "last"
     file.write_text(
-        "from toolkit.runtime import gpu\n\n\ndef program(comm):\n    if comm.rank == 1:\n"
-        "        raise ValueError('boom')\n\n\ngpu.Cluster().run(program)\n"
+        "import os, pathlib, time\nimport numpy as np\nfrom toolkit.runtime import gpu\n\n\ndef program(comm, x):\n"
+        f"    if comm.rank == 1 and cluster.rank == 1 and running:\n        pathlib.Path({str(last)!r}).touch()\n"
+        f"        {does}\n    comm.barrier()\n\n\nrunning = False\ncluster = gpu.Cluster()\n"
+        "once = cluster.prepare(program, (np.ones(3),), {})\nrunning = True\nonce()\n"
     )
     status, said = torchrun(2, file)
-    assert status != 0 and "raised on rank 1" in said and "boom" in said
+    assert status != 0 and all(word in said for word in words)
+    assert time.time() - last.stat().st_mtime < 10
 
 
 def test_the_command_line_runs_a_system_on_tensors():
