@@ -30,7 +30,8 @@ def pairs(kind, compared, k, slots):
     """[(token, expert)] in token order, without those that overflow."""
     tokens, experts = compared.shape
     if kind == "expert choice":
-        return [(int(t), e) for e in range(experts) for t in compared.softmax(dim=1)[:, e].topk(min(slots, tokens)).indices]
+        p, most = compared.softmax(dim=1), min(slots, tokens)
+        return [(int(t), e) for e in range(experts) for t in p[:, e].topk(most).indices]
     load, found = [0] * experts, []
     for t in range(tokens):
         for e in compared[t].topk(k).indices.tolist():

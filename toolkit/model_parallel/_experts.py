@@ -22,6 +22,7 @@ from toolkit.runtime.algorithms import concatenate
 from toolkit.runtime.arrays import is_shape_only, like
 from toolkit.runtime.errors import ShapeError
 from toolkit.runtime.kernel import Cost, kernel
+from toolkit.sequence_parallel._megatron_sp import NORMS
 
 from . import _layers as layers
 
@@ -59,7 +60,10 @@ def route(gate, weights, x, slots):
     return Route(place(chosen, slots), mix, saved)
 
 
-@kernel(cost=lambda chosen, slots: Cost(0, 9 * chosen.size), out=lambda chosen, slots: like((chosen.shape[1], slots), "int64"))
+@kernel(
+    cost=lambda chosen, slots: Cost(0, 9 * chosen.size),
+    out=lambda chosen, slots: like((chosen.shape[1], slots), "int64"),
+)
 def place(chosen, slots):
     """(E, C): for each expert the first C tokens that chose it, -1 where there are fewer."""
     rank = np.cumsum(chosen, axis=0) - 1  # of a token among those that chose the expert
@@ -167,7 +171,7 @@ def mixture(ep, gate, weights, x, slots=None):
     sends     two all-to-alls of (p-1)/p of the buffer (E, slots, h)
     """
     if slots is None:
-        chosen, mix, kept = gate.forward(weights["router"], x, len(x))
+        chosen, mix, kept = gate.forward(weights["router"], x, None)
         where = Route(place(chosen, fullest(ep, chosen, gate)), mix, kept)
     else:
         where = route(gate, weights["router"], x, slots)
@@ -230,18 +234,29 @@ def expert_weights(random, gate, h, hidden, count):
     return {"router": gate.init(random, h, count), "expert_up": up, "expert_down": down}
 
 
+def cut_block(weights, grid, head_dim):
+    """This rank's part of a block with experts: its heads, its experts, of each its channels.
+
+    raises   ShapeError  heads or channels do not divide among `grid.tp`, experts among `grid.ep`
+    """
+    heads = (("q", 1, "query heads"), ("k", 1, "key heads"), ("v", 1, "key heads"), ("o", 0, "query heads"))
+    attention = {name: part(weights[name], axis, grid.tp, what, head_dim) for name, axis, what in heads}
+    return attention | {name: weights[name] for name in NORMS} | cut_experts(weights, grid.ep, grid.tp)
+
+
 def cut_experts(weights, ep, tp):
-    """This rank's part: its experts, and of each its channels. The router is whole everywhere."""
+    """This rank's experts, and of each its channels. The router is whole everywhere."""
     up, down = (part(weights[name], 0, ep, "experts") for name in EXPERTS)
-    channels = "channels of an expert"
-    return {"router": weights["router"], "expert_up": part(up, 2, tp, channels), "expert_down": part(down, 1, tp, channels)}
+    up, down = (part(w, axis, tp, "channels of an expert") for w, axis in ((up, 2), (down, 1)))
+    return {"router": weights["router"], "expert_up": up, "expert_down": down}
 
 
-def part(w, axis, comm, what):
-    """Slice `comm.rank` of an array along an axis. Raises ShapeError if `what` it counts does not divide."""
-    if w.shape[axis] % comm.size:
-        raise ShapeError(f"{w.shape[axis]} {what} do not divide among {comm.size} ranks")
-    n = w.shape[axis] // comm.size
+def part(w, axis, comm, what, unit=1):
+    """Slice `comm.rank` of an array along an axis that counts `what`, `unit` numbers each."""
+    count = w.shape[axis] // unit
+    if count % comm.size:
+        raise ShapeError(f"{count} {what} do not divide among {comm.size} ranks")
+    n = count // comm.size * unit
     if is_shape_only(w):
         return like((*w.shape[:axis], n, *w.shape[axis + 1 :]), w.dtype)
     return w.take(range(comm.rank * n, (comm.rank + 1) * n), axis)

@@ -2,8 +2,8 @@
 
     0 all_to_all    1 all_gather    2 experts    3 reduce_scatter    4 all_reduce of gradients
 
-x counts numbers in the array (for experts: multiply-adds): of the all-to-all what a rank puts in, of the gather what comes
-out, of the scatter what goes in.
+x counts numbers in the array (for experts: multiply-adds): of the all-to-all what a rank puts in, of the gather what
+comes out, of the scatter what goes in.
 Chapter: model_parallel/fs_moe.
 """
 
@@ -103,18 +103,17 @@ def profile(topology, device, nodes, dtype="float16", sizes=tuple(2**n for n in 
 def _timed(comm, nodes, dtype, sizes):
     grid = Grid(comm, tp=comm.size // nodes, ep=nodes)
     rows = {name: [] for name in NAMES}
+    operations = {
+        "all_to_all": lambda x: grid.ep.all_to_all(list(np.array_split(x, nodes))),
+        "all_gather": lambda x: grid.tp.all_gather(x[: len(x) // grid.tp.size]),
+        "experts": lambda x: matmul(x.reshape(1, -1, 64), like((1, 64, 1024), dtype)),
+        "reduce_scatter": grid.tp.reduce_scatter,
+        "all_reduce": lambda x: grid.ep.all_reduce(x, algorithm="ring"),
+    }
     for n in sizes:
-        flat = like((n,), dtype)
-        operations = {
-            "all_to_all": lambda x: grid.ep.all_to_all(list(np.array_split(x, nodes))),
-            "all_gather": lambda x: grid.tp.all_gather(x[: n // grid.tp.size]),
-            "experts": lambda x: matmul(x.reshape(1, -1, 64), like((1, 64, 1024), dtype)),
-            "reduce_scatter": lambda x: grid.tp.reduce_scatter(x),
-            "all_reduce": lambda x: grid.ep.all_reduce(x, algorithm="ring"),
-        }
         for name, operation in operations.items():
             comm.barrier()
             start = comm.now
-            operation(flat)
+            operation(like((n,), dtype))
             rows[name].append((n * 1024 if name == "experts" else n, comm.now - start))
     return rows

@@ -7,18 +7,22 @@ norms). A layer's dense gradient exists when its dense part is done, and may be 
     2. at a price: more than that in a layer, which makes the layer longer, but by less than the end of the pass
     3. at the end, with nothing beside it
 
-Step 1 is greedy. Step 2 asks how much z to push into each layer with experts; a piece can only be of gradients that exist
-by then, so sums of z from the start are bounded. The authors solve it by differential evolution under these constraints.
-We let each unknown be a share of what is still allowed, which leaves plain bounds; `method="dp"` is exact on a grid.
+Step 1 is greedy. Step 2 asks how much z to push into each layer with experts; a piece can only be of gradients that
+exist by then, so sums of z from the start are bounded. The authors solve it by differential evolution under these
+constraints. We let each unknown be a share of what is still allowed, which leaves plain bounds; `method="dp"` is exact
+on a grid. Step 1 counts what is free with the degree that is best without gradients, step 2 chooses the degree again.
 Source: Pan et al. 2025, arXiv 2501.10714, and its tools/optim.py. Chapter: model_parallel/fs_moe.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from scipy.optimize import differential_evolution
 
 from ._fs_moe_times import DEGREES, best_degree, moe_time
+
+KINDS, METHODS = ("experts", "dense"), ("end", "greedy", "de", "dp")
 
 
 @dataclass(frozen=True)
@@ -74,13 +78,17 @@ def idle(work, costs, streams="three", degrees=DEGREES):
     return max(0.0, seconds - r * (2 * t0 + (t1 + t3 if streams == "one network" else 0.0)))
 
 
-def partition_gradients(layers, costs, method="de", streams="three", degrees=DEGREES, kinds=("experts", "dense"), seed=0):
+def partition_gradients(layers, costs, method="de", streams="three", degrees=DEGREES, kinds=KINDS, seed=0):
     """Place the gradients of a backward pass: a Partition.
 
     costs    of the forward pass
-    method   "greedy": free windows only; "de": also push, by differential evolution; "dp": exactly, on a grid; "end": none
+    method   "end": nothing before the end; "greedy": what is free; then "de": also push, by differential evolution, or
+             "dp": exactly, on a grid
     kinds    windows that may be used
+    raises   ValueError  no such method
     """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} is none of {', '.join(METHODS)}")
     costs = costs.backward()
     found = windows(layers, costs, streams, degrees)
     pieces, backlog = [], 0.0
@@ -88,13 +96,16 @@ def partition_gradients(layers, costs, method="de", streams="three", degrees=DEG
         pieces.append(min(backlog, room) if kind in kinds and method != "end" else 0.0)
         backlog += (layers[number].gradient if kind == "dense" else 0.0) - pieces[-1]
     if method in ("de", "dp") and backlog > 0:
-        pieces = np.add(pieces, _pushed(layers, costs, found, np.array(pieces), streams, degrees, method, seed)).tolist()
+        search = partial(_by_evolution, seed=seed) if method == "de" else _by_grid
+        pieces = _pushed(layers, costs, found, np.array(pieces), streams, degrees, search).tolist()
     return _done(layers, costs, found, pieces, streams, degrees)
 
 
 def _done(layers, costs, found, pieces, streams, degrees):
     rest = sum(layer.gradient for layer in layers) - sum(pieces)
-    rest, chosen, seconds = (rest if rest > 1e-9 * sum(layer.gradient for layer in layers) else 0.0), [], 0.0
+    if rest < 1e-9 * sum(layer.gradient for layer in layers):  # rounding
+        rest = 0.0
+    chosen, seconds = [], 0.0
     for (kind, number, *_), piece in zip(found, pieces, strict=True):
         if kind == "experts":
             r, took = best_degree(costs, layers[number].work, piece, streams, degrees)
@@ -109,24 +120,22 @@ def _done(layers, costs, found, pieces, streams, degrees):
 # ---- step 2: how much to push ----------------------------------------------------------------------------------------
 
 
-def _pushed(layers, costs, found, filled, streams, degrees, method, seed):
-    """Numbers to push into each window beyond what is free: zero in dense parts."""
+def _pushed(layers, costs, found, filled, streams, degrees, search):
+    """Numbers in each window: `filled`, and what `search` adds in layers with experts."""
     slack = np.array([window[3] for window in found]) - np.cumsum(filled)
     allowed = np.minimum.accumulate(slack[::-1])[::-1]  # what is pushed now is missing in all later windows
     place = [i for i, window in enumerate(found) if window[0] == "experts"]
     bounds, base = np.maximum(allowed[place], 0.0), filled[place]
     total = sum(layer.gradient for layer in layers) - filled.sum()
 
-    def longer(l, z):
-        """Seconds of the l-th layer that runs, with z more than what is free; an array gives an array."""
-        work = layers[found[place[l]][1]].work
-        return np.min([moe_time(r, costs, work, base[l] + z, streams) for r in degrees], axis=0)
+    def longer(turn, z):
+        """Seconds of the layer that runs in this turn, with z more than what is free; an array gives an array."""
+        work = layers[found[place[turn]][1]].work
+        return np.min([moe_time(r, costs, work, base[turn] + z, streams) for r in degrees], axis=0)
 
-    search = _by_grid if method == "dp" else _by_evolution
-    z = search(longer, costs, bounds, total, seed)
-    pushed = np.zeros(len(found))
-    pushed[place] = z
-    return pushed
+    pieces = filled.copy()
+    pieces[place] += search(longer, costs, bounds, total)
+    return pieces
 
 
 def _by_evolution(longer, costs, bounds, total, seed):
@@ -139,7 +148,7 @@ def _by_evolution(longer, costs, bounds, total, seed):
 
     def seconds(shares):
         z = amounts(shares)
-        return sum(longer(l, part) for l, part in enumerate(z)) + costs.reduce(total - sum(z))
+        return sum(longer(turn, part) for turn, part in enumerate(z)) + costs.reduce(total - sum(z))
 
     nothing = np.zeros(len(bounds))
     found = differential_evolution(seconds, [(0.0, 1.0)] * len(bounds), rng=seed, vectorized=True, updating="deferred",
@@ -148,12 +157,12 @@ def _by_evolution(longer, costs, bounds, total, seed):
     return amounts(found.x if better else nothing)
 
 
-def _by_grid(longer, costs, bounds, total, _seed, steps=400):
+def _by_grid(longer, costs, bounds, total, steps=400):
     """Dynamic programming over how much has been pushed so far."""
     grid = np.linspace(0.0, bounds.max() or 1.0, steps + 1)
     best, choices = np.where(grid > 0, np.inf, 0.0), []
-    for l, bound in enumerate(bounds):
-        price = longer(l, grid)
+    for turn, bound in enumerate(bounds):
+        price = longer(turn, grid)
         costs_to = np.full((steps + 1, steps + 1), np.inf)  # [before, after]
         for before in np.flatnonzero(np.isfinite(best)):
             costs_to[before, before:] = best[before] + price[: steps + 1 - before]
@@ -174,11 +183,11 @@ RIVALS = {  # (lanes, degrees, method, windows)
     "DeepSpeed-MoE": ("sequential", (1,), "end", ()),
     "Tutel": ("one network", DEGREES, "end", ()),
     "Tutel, gradients beside dense parts": ("one network", DEGREES, "greedy", ("dense",)),
-    "PipeMoE + Lina": ("one network", DEGREES, "chunks", ("experts", "dense")),
-    "FSMoE, one network": ("one network", DEGREES, "de", ("experts", "dense")),
+    "PipeMoE + Lina": ("one network", DEGREES, "chunks", KINDS),
+    "FSMoE, one network": ("one network", DEGREES, "de", KINDS),
     "FSMoE, gradients at the end": ("three", DEGREES, "end", ()),
-    "FSMoE, r = 2": ("three", (2,), "de", ("experts", "dense")),
-    "FSMoE": ("three", DEGREES, "de", ("experts", "dense")),
+    "FSMoE, r = 2": ("three", (2,), "de", KINDS),
+    "FSMoE": ("three", DEGREES, "de", KINDS),
 }
 
 
@@ -195,8 +204,8 @@ CHUNKS = (0.5e6, 1e6, 2e6, 4e6, 8e6, 15e6)  # numbers; Lina's are 30 MB, which t
 
 
 def in_chunks(layers, costs, streams, chunk):
-    """Seconds of a backward pass whose gradients are cut into equal chunks, each layer's by itself, sent in turn where a
-    whole one fits beside the experts' own messages, which go first (Lina, Li et al. 2023, arXiv 2210.17223)."""
+    """Seconds of a backward pass whose gradients are cut into equal chunks, each layer's by itself, sent in turn where
+    a whole one fits beside the experts' own messages, which go first (Lina, Li et al. 2023, arXiv 2210.17223)."""
     costs, waiting, seconds = costs.backward(), [], 0.0
     for layer in reversed(layers):
         took = best_degree(costs, layer.work, streams=streams)[1]

@@ -11,7 +11,10 @@ from ._fs_moe_gradients import partition_gradients
 from ._fs_moe_times import DEGREES, TERMS, simulate_layer, terms
 
 WIDTH, LEFT, RIGHT, TALL, STEP = 720, 104, 706, 24, 32  # px
-COLOURS = {"D": INK.sky, "C": INK.sky, "AG": INK.green, "RS": INK.green, "E": INK.blue, "dense": INK.grey, "GAR": INK.orange}
+COLOURS = {"D": INK.sky, "AG": INK.green, "E": INK.blue, "dense": INK.grey, "GAR": INK.orange}
+COLOURS |= {"C": COLOURS["D"], "RS": COLOURS["AG"]}
+LEGEND = {"D": "D dispatch, C combine", "AG": "AG gather, RS scatter", "E": "E experts", "dense": "dense part"}
+LEGEND |= {"GAR": "gradients"}
 ROWS = {"inter": "between nodes", "intra": "inside nodes", "compute": "compute"}
 MODES = {  # how `partition_gradients` is called
     "at the end": {"method": "end"},
@@ -37,19 +40,20 @@ def draw(layers, costs, r, mode):
     body.append(f'<path class="k" stroke-dasharray="4 2" d="M{end} 34V{bottom}"/>')
     bounds = terms(r, costs.backward().chunk(layers[0].work, r), float(costs.reduce(plan.pieces[-2])))
     body += _bounds(bounds, bottom + 52)
-    return drawn(WIDTH, bottom + 62 + 20 * len(TERMS), body, f"{r} chunks, gradients {mode}", _words(r, mode, plan, bounds, total))
+    words = _words(r, mode, plan, bounds, total)
+    return drawn(WIDTH, bottom + 62 + 20 * len(TERMS), body, f"{r} chunks, gradients {mode}", words)
 
 
 def timeline(layers, costs, r, plan):
     """([(resource, name, chunk, start, end), …], seconds) of all windows one after the other, and what is left."""
     now, events = 0.0, []
-    for (kind, number), piece in zip(plan.windows, plan.pieces, strict=True):
-        reducing = float(costs.reduce(piece))
+    for (kind, which), piece in zip(plan.windows, plan.pieces, strict=True):
+        layer, reducing = layers[which], float(costs.reduce(piece))
         if kind == "experts":
-            finish, inside = simulate_layer(costs.chunk(layers[number].work, r), r, reducing)
+            finish, inside = simulate_layer(costs.chunk(layer.work, r), r, reducing)
         else:
-            finish = max(layers[number].dense, reducing)
-            inside = [("compute", "dense", 0, 0.0, layers[number].dense), ("inter", "GAR", 0, 0.0, reducing)]
+            finish = max(layer.dense, reducing)
+            inside = [("compute", "dense", 0, 0.0, layer.dense), ("inter", "GAR", 0, 0.0, reducing)]
         events += [(where, name, i, now + start, now + end) for where, name, i, start, end in inside if end > start]
         now += finish
     rest = float(costs.reduce(plan.rest))
@@ -71,7 +75,7 @@ def _bars(events, axis):
 
 def _legend():
     x = LEFT
-    for name, words in (("D", "D dispatch, C combine"), ("AG", "AG gather, RS scatter"), ("E", "E experts"), ("dense", "dense part"), ("GAR", "gradients")):
+    for name, words in LEGEND.items():
         yield f'<path fill="{COLOURS[name]}" d="{bar(x, 8, 14, 12)}"/>'
         yield label(x + 18, 18, words, "m")
         x += 38 + 5.9 * len(words)
@@ -85,7 +89,8 @@ def _bounds(bounds, y):
         yield label(98, top + 12, name, "b e" if binds else "m e")
         width = (RIGHT - LEFT - 150) * seconds / most
         yield f'<path fill="{INK.critical if binds else INK.grey}" d="{bar(LEFT, top, width, 15)}"/>'
-        yield label(LEFT + width + 5, top + 12, f"{seconds * 1e3:.1f} ms{', binds' if binds else ''}", "b" if binds else "m")
+        said = f"{seconds * 1e3:.1f} ms{', binds' if binds else ''}"
+        yield label(LEFT + width + 5, top + 12, said, "b" if binds else "m")
 
 
 def _words(r, mode, plan, bounds, total):

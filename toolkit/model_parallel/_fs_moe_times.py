@@ -1,7 +1,8 @@
 """When a mixture-of-experts layer is done, and into how many chunks it should be cut.
 
-Two ways that must agree: `simulate_layer` follows every operation through its lane, in the order that the program issues;
-`terms` are closed forms. They are equal when gather and scatter take equally long, and else the forms are a lower bound.
+Two ways that must agree: `simulate_layer` follows every operation through its lane, in the order that the program
+issues; `terms` are closed forms. They are equal when gather and scatter take equally long, and else the forms are a
+lower bound.
 Source: Pan et al. 2025, arXiv 2501.10714, and its tools/optim.py, which solves the same four cases one by one under
 constraints; their maximum needs none. Chapter: model_parallel/fs_moe.
 """
@@ -45,8 +46,8 @@ def terms(r, t, gradient=0.0):
 
     t          (t0, t1, t2, t3): seconds of one chunk's all-to-all, all-gather, experts, reduce-scatter
     gradient   seconds of the piece of gradients
-    returns    all dispatches and combines with one chunk between; all experts; all gathers and scatters; and dispatches,
-               gradients and combines without a gap. Arrays broadcast.
+    returns    all dispatches and combines and one gather and scatter; all experts and the ends; all gathers and
+               scatters and the ends; dispatches, gradients and combines without a gap. Arrays broadcast.
     """
     t0, t1, t2, t3 = t
     ends = 2 * t0 + t1 + t3

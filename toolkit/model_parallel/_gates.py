@@ -6,8 +6,8 @@
     cosine           direction only: projected, unit length, times a learned temperature (X-MoE, arXiv 2204.09179)
     expert_choice    experts choose tokens, so all are equally busy (arXiv 2202.09368)
 
-A gate gives two arrays over (tokens, experts): `chosen`, and `mix`, the weight of an expert's output in its token's, zero
-where not chosen. Choosing has no gradient; `mix` has. Weights are a dict, gradients one of the same names.
+A gate gives two arrays over (tokens, experts): `chosen`, and `mix`, the weight of an expert's output in its token's,
+zero where not chosen. Choosing has no gradient; `mix` has. Weights are a dict, gradients one of the same names.
 Chapter: model_parallel/fs_moe.
 """
 
@@ -41,8 +41,8 @@ class Gate:
 def noisy_top_k(k=2, seed=None, balance=0.0):
     """The k largest logits; mix is their softmax.
 
-    seed      of normal noise times softplus(x · noise), added to the logits; the same seed gives the same noise. None: no noise
-    balance   times experts · sum over e of (share of tokens whose first choice is e) · (mean probability of e): added to the loss
+    seed      of normal noise times softplus(x · noise), added to the logits; the same seed, the same noise. None: none
+    balance   weight of `balance_loss`, whose gradient joins that of the rest
     """
 
     def forward(w, x, _capacity):
@@ -74,7 +74,7 @@ def noisy_top_k(k=2, seed=None, balance=0.0):
 
 
 def balance_loss(logits, balance):
-    """What `noisy_top_k(balance=…)` adds to the loss of these tokens."""
+    """balance · E · sum over experts of (share of tokens whose first choice it is) · (its mean probability)."""
     share = largest(logits, 1).mean(axis=0)
     return balance * logits.shape[1] * float(share @ softmax(logits, None).mean(axis=0))
 
@@ -97,7 +97,7 @@ def sigmoid(k=2):
 
 
 def cosine(k=2, low=8):
-    """The k experts whose vectors point most nearly where the token's does, in `low` channels; mix is their probability."""
+    """The k experts whose vectors point most nearly as the token's does, in `low` channels; mix: their probability."""
 
     def init(random, h, experts):
         return {
@@ -129,11 +129,13 @@ def expert_choice(per_token=2):
     """Each expert takes the `capacity` tokens that give it the highest probability; mix is that probability.
 
     A token may get any number of experts. Its choice depends on the other tokens, later ones too.
+    raises   ShapeError  without a capacity
     """
 
     def forward(w, x, capacity):
-        logits = linear(x, w["logits"])
-        p = softmax(logits, None)
+        if capacity is None:
+            raise ShapeError("experts that choose tokens need a capacity: give one, or another gate")
+        p = softmax(linear(x, w["logits"]), None)
         chosen = largest(p.T, min(capacity, len(x))).T
         return chosen, masked(p, chosen), (x, p)
 

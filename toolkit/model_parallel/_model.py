@@ -3,7 +3,8 @@
 Whole parameters are `sequence_parallel._block.model_weights`: {"embedding": (vocabulary, h), "layers": [block, …],
 "norm": (h,), "head": (h, vocabulary)}; without "head" the embedding serves as both ends (tied). A rank has a list of
 chunks, one a stage of the schedule; each is the same dict, cut: "embedding" in the first stage, "norm" and "head" (or a
-second copy of "embedding") in the last.
+second copy of "embedding") in the last. A block may have experts (`_experts.expert_weights`) for an MLP; the layer of
+the plan is then `Layer(*_experts.layer(grid.ep, gate))`.
 
 Gradients are those of the mean loss over all tokens of all ranks: shares add up, nothing is divided afterwards.
 Chapter: model_parallel/megatron.
@@ -22,6 +23,7 @@ from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel._megatron_sp import NORMS
 from toolkit.sequence_parallel._megatron_sp import shard_weights as cut_block
 
+from . import _experts as experts
 from . import _layers as layers
 from . import _pipeline as pipeline
 
@@ -31,7 +33,8 @@ from . import _pipeline as pipeline
 def cut(params, grid, schedule, head_dim):
     """This rank's chunks of whole parameters (or of anything of their shapes).
 
-    raises   ShapeError  layers do not divide among the stages, or heads, channels or vocabulary among `grid.tp`
+    raises   ShapeError  layers do not divide among the stages, or heads, channels or vocabulary among `grid.tp`, or
+                         experts among `grid.ep`
     """
     count, stages = len(params["layers"]), schedule.stages
     if count % stages:
@@ -39,7 +42,7 @@ def cut(params, grid, schedule, head_dim):
     ends, chunks = _ends(params, grid.tp), []
     for stage in schedule.where[grid.pp.rank]:
         mine = params["layers"][stage * count // stages : (stage + 1) * count // stages]
-        chunk = {"layers": [cut_block(weights, grid.tp.rank, grid.tp.size, head_dim) for weights in mine]}
+        chunk = {"layers": [_cut_layer(weights, grid, head_dim) for weights in mine]}
         if stage == 0:
             chunk["embedding"] = ends["embedding"]
         if stage == stages - 1:
@@ -47,6 +50,12 @@ def cut(params, grid, schedule, head_dim):
             chunk |= {"norm": ends["norm"], last: ends[last]}
         chunks.append(chunk)
     return chunks
+
+
+def _cut_layer(weights, grid, head_dim):
+    if "router" in weights:
+        return experts.cut_block(weights, grid, head_dim)
+    return cut_block(weights, grid.tp.rank, grid.tp.size, head_dim)
 
 
 def _ends(params, tp):
@@ -191,14 +200,26 @@ def loss_and_gradients(plan, chunks, tokens, targets, total):
 def sum_gradients(plan, grads):
     """The shares of all ranks that have the same weights added up: of norms that saw some tokens only (SEQUENCE), over
     `tp`; of a tied embedding, over its two copies; of everything, over ranks with other tokens."""
-    data, tp = plan.grid.along("cp", "ep", "dp"), plan.grid.tp
+    tp = plan.grid.tp
     if plan.setting.edge is layers.SEQUENCE:
         for chunk in grads:
             for part in (*chunk["layers"], chunk):
                 part |= {name: layers.all_reduce(tp, part[name]) for name in (*NORMS, "norm") if name in part}
     if plan.tied:
         _sum_tied(plan, grads)
-    return [(plan.across or summed)(data, chunk) for chunk in grads]
+    return [_across(plan, chunk) for chunk in grads]
+
+
+def _across(plan, chunk):
+    """The sum over ranks with other tokens. Experts have had those of all `ep` ranks: theirs is over the others."""
+    data, others = plan.grid.along("cp", "ep", "dp"), plan.grid.along("cp", "dp")
+    if not any("router" in layer for layer in chunk["layers"] if isinstance(layer, dict)):
+        return (plan.across or summed)(data, chunk)
+    if plan.across is not None:
+        raise ShapeError("a chunk with experts has arrays of two kinds of replicas: use across=None")
+    mine = [{name: layer.pop(name) for name in experts.EXPERTS if name in layer} for layer in chunk["layers"]]
+    total = summed(data, chunk)
+    return total | {"layers": [a | summed(others, own) for a, own in zip(total["layers"], mine, strict=True)]}
 
 
 def _sum_tied(plan, grads):

@@ -1,8 +1,8 @@
 """FSMoE: a mixture of experts in which traffic between nodes, traffic inside nodes and experts all run at once.
 
-Experts lie on nodes (`ep`), and the devices of a node hold slices of each (`esp`). So a layer has five steps: all-to-all
-between nodes (dispatch), all-gather inside a node, experts, reduce-scatter inside, all-to-all back (combine). They use
-three things that can be busy at once, and each gets a lane, first in, first out:
+Experts lie on nodes (`ep`), and the devices of a node hold slices of each (`esp`). So a layer has five steps:
+all-to-all between nodes (dispatch), all-gather inside a node, experts, reduce-scatter inside, all-to-all back (combine).
+They use three things that can be busy at once, and each gets a lane, first in, first out:
 
     inter     D_1 … D_r, then a piece of the dense layers' gradients, then C_1 … C_r
     intra     AG_1 … AG_r, then RS_1 … RS_r
@@ -12,7 +12,7 @@ The capacity is cut into r chunks. Which r is best follows from fitted costs, fo
 (`_fs_moe_times`); how much gradient fits between, from what is idle (`_fs_moe_gradients`). Backward is the same program
 with the experts' gradient for the experts. Nothing of this changes a result.
 
-Beside it: one lane for all traffic ("one network": Tutel, PipeMoE), and one for everything ("sequential": DeepSpeed-MoE).
+Beside it: one lane for all traffic ("one network": Tutel, PipeMoE), one for everything ("sequential": DeepSpeed-MoE).
 Source: Pan et al. 2025, arXiv 2501.10714, and the code it publishes. Chapter: model_parallel/fs_moe.
 """
 
@@ -131,9 +131,9 @@ def slots_of(layer, tokens, count):
 
     raises   ShapeError  more chunks than slots: some would be padding only
     """
-    least = capacity(tokens, count, layer.factor)
-    if max(layer.r_fwd, layer.r_bwd) > least:
-        raise ShapeError(f"{max(layer.r_fwd, layer.r_bwd)} chunks of {least} slots an expert: at least one would be empty")
+    least, most = capacity(tokens, count, layer.factor), max(layer.r_fwd, layer.r_bwd)
+    if most > least:
+        raise ShapeError(f"{most} chunks of {least} slots an expert: at least one would be empty")
     return capacity(tokens, count, layer.factor, math.lcm(layer.r_fwd, layer.r_bwd))
 
 
@@ -165,8 +165,8 @@ def backward(layer, grid, weights, saved, grad, gradients=None):
     """Gradients of `forward`: the combine's adjoint is a dispatch, and so on, so the same pipeline serves.
 
     grad      (tokens, h)
-    returns   (dx, gradients of weights, the reduced gradients or None): experts' complete over the grid's `ep` and `tp`,
-              the router's this rank's share
+    returns   (dx, gradients of weights, the reduced gradients or None): experts' complete over the grid's `ep` and
+              `tp`, the router's this rank's share
     """
     grads, r = {}, layer.r_bwd
     kept = regrouped(saved.chunks, r, grid.tp.size * grid.ep.size)
@@ -208,7 +208,7 @@ def _through(layer, grid, r, buffer, work, hooks, gradients):
 
 
 def regrouped(chunks, r, ranks):
-    """What experts kept, in r chunks instead of as many as there are: each holds slots of every one of `ranks` ranks."""
+    """What experts kept, in r chunks instead of as many as there are: each has slots of every one of `ranks` ranks."""
     if len(chunks) == r:
         return chunks
 
