@@ -14,7 +14,7 @@ from runtime import real_programs
 torch = pytest.importorskip("torch", reason="tensors need pip install '.[gpu]'")
 NAMES = [name for name in real_programs.programs(1) if not any(word in name for word in real_programs.NUMPY_ONLY)]
 RANKS = range(2, torch.cuda.device_count() + 1) if torch.cuda.is_available() else (2, 3)
-TOLERANCE = 5e-3 if torch.cuda.is_available() else 2e-6  # float16 against float32 arithmetic
+TOLERANCE = 2e-2 if torch.cuda.is_available() else 2e-6  # weights in float16 against float32 arithmetic
 
 
 def torchrun(ranks, *command):
@@ -36,15 +36,17 @@ def real(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tensors_give_the_numbers_of_the_virtual_machine(real, name):
+def test_tensors_give_the_numbers_of_the_virtual_machine(real, name, monkeypatch):
     ranks, outputs = real
+    if torch.cuda.is_available():
+        monkeypatch.setattr(real_programs, "SHORT", "float16")
     ours, theirs = (real_programs.flat(outputs) for outputs in (real_programs.virtual(name, ranks), outputs[name]))
     assert [np.shape(a) for a in ours] == [np.shape(a) for a in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         if mine is None:
             assert other is None
         else:
-            tolerance = 2e-3 if "float16" in name or name == "wire" else TOLERANCE
+            tolerance = max(TOLERANCE, 2e-3 if "float16" in name or name == "wire" else 0)
             np.testing.assert_allclose(other, mine, rtol=tolerance, atol=tolerance)
 
 

@@ -9,6 +9,7 @@ import torch
 from toolkit.kernels import attention as book
 from toolkit.kernels import elementwise, layers
 from toolkit.runtime import algorithms
+from toolkit.runtime.errors import DtypeError
 
 OPERATORS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod": torch.multiply}
 
@@ -16,6 +17,8 @@ OPERATORS = {"sum": torch.add, "max": torch.maximum, "min": torch.minimum, "prod
 def attention(q, k, v, causal=False, return_lse=False):
     """FlashAttention-2 on CUDA (float16, bfloat16); PyTorch's flash kernel of the CPU elsewhere. lse is float32."""
     if q.is_cuda:
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise DtypeError(f"the flash kernel of a GPU takes float16, not {q.dtype}: convert q, k and v first")
         batch = [a[None].transpose(1, 2) for a in (q, k, v)]  # (1, tokens, heads, head_dim): strides, no copy
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *batch, None, None, q.shape[1], k.shape[1], 0.0, causal, False
