@@ -34,6 +34,7 @@ def test_what_a_helper_raises_reaches_the_caller():
         share(2, 8, loop)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 warns of forks beside threads
 def test_a_forked_process_has_helpers_of_its_own():
     share(2, 8, lambda first, last: None)  # the parent's helpers exist
     child = os.fork()
