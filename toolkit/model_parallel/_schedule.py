@@ -65,6 +65,11 @@ class Schedule:
         move = {"F": -1, "B": 1}.get(step.kind, 0)
         return self._at(rank, step, move) if move else None
 
+    def awaits(self, rank, step):
+        """All (rank, Pass) that `step` waits for: `needs`, and what a kind of schedule adds, such as barriers."""
+        needs = self.needs(rank, step)
+        return () if needs is None else (needs,)
+
     def feeds(self, rank, step):
         """(rank, Pass) that waits for the result of `step`, or None."""
         move = {"F": 1, "B": -1}.get(step.kind, 0)
@@ -148,21 +153,22 @@ def times(schedule, seconds, hop=0.0):
 
     seconds   duration of a pass of one chunk, by kind, {"F": 1.0, "B": 2.0}, of B alone where W is apart;
               or a function (kind, stage) -> duration
-    hop       seconds from one rank to another; sends cost the sender nothing
+    hop       seconds from one rank to another; sends cost the sender nothing. Or a function of two (rank, Pass),
+              who gives and who waits
     raises    ScheduleError  passes wait for each other in a circle, or for one that never comes
     """
     ranks, done, lasts = range(len(schedule.passes)), {}, by_stage(seconds)
+    gap = hop if callable(hop) else lambda source, dest: hop * (source[0] != dest[0])
     free, place = [0.0] * len(ranks), [0] * len(ranks)
     moved = True
     while moved:
         moved = False
         for rank in ranks:
             while (step := _next(schedule, rank, place)) is not None:
-                needs = schedule.needs(rank, step)
-                if _missing(needs, rank, step, done):
+                awaited = schedule.awaits(rank, step)
+                if _missing(awaited, rank, step, done):
                     break
-                ready = done[needs][1] + hop * (needs[0] != rank) if needs else 0.0
-                start = max(free[rank], ready)
+                start = max([free[rank], *(done[one][1] + gap(one, (rank, step)) for one in awaited)])
                 free[rank] = start + lasts(step.kind, schedule.where[rank][step.chunk])
                 done[rank, step] = start, free[rank]
                 place[rank], moved = place[rank] + 1, True
@@ -182,10 +188,11 @@ def _next(schedule, rank, place):
     return order[place[rank]] if place[rank] < len(order) else None
 
 
-def _missing(needs, rank, step, done):
-    """(rank, Pass) that `step` needs and that is not done, or None."""
-    if needs is not None and needs not in done:
-        return needs
+def _missing(awaited, rank, step, done):
+    """(rank, Pass) that `step` waits for and that is not done, or None."""
+    for one in awaited:
+        if one not in done:
+            return one
     own = rank, step._replace(kind=BEFORE.get(step.kind))
     return own if step.kind in BEFORE and own not in done else None
 
@@ -193,7 +200,7 @@ def _missing(needs, rank, step, done):
 def _blocked(schedule, waiting, done):
     said = []
     for rank, step in waiting.items():
-        other, missing = _missing(schedule.needs(rank, step), rank, step, done)
+        other, missing = _missing(schedule.awaits(rank, step), rank, step, done)
         said.append(f"rank {rank} waits at {_name(step)} for {_name(missing)} of rank {other}")
     return "; ".join(said)
 
