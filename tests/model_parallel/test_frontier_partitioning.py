@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
 from toolkit.model_parallel import _partition_scale as scale
+from toolkit.model_parallel import _partition_trained as small
 from toolkit.model_parallel import frontier_partitioning as fp
 from toolkit.model_parallel._partition_blocks import dequantise, packet_bytes, quantise, sum_of_packets
 from toolkit.model_parallel._partition_layout import degrees
@@ -416,7 +417,7 @@ def test_a_collective_on_12_nodes_takes_what_the_line_says(name, inner):
 SMALL = Model(layers=3, h=1024, heads=8, vocabulary=512, recompute=True)
 
 
-def on_all_ranks(scheme):
+def on_all_ranks(scheme, nic):
     """The same step with every rank in the simulation."""
 
     def program(comm):
@@ -429,10 +430,39 @@ def on_all_ranks(scheme):
         fp.optimizer_step(comm, groups, scheme, kept, RATE)
         return comm.now - start
 
-    return max(Cluster(scale.frontier(2), scale.DEVICE).run(program).outputs)
+    return max(Cluster(scale.frontier(2, nic), scale.DEVICE).run(program).outputs)
 
 
 @pytest.mark.parametrize("name", ["ZeRO-3", "ZeRO++", "3-level, 8", "3-level, 2, fp16"])
-def test_one_of_many_equal_ranks_takes_the_time_of_all(name):
+@pytest.mark.parametrize("nic", [scale.NIC, 1e9], ids=["rated", "slow"])
+def test_one_of_many_equal_ranks_takes_the_time_of_all(name, nic):
     scheme = fp.named(N)[name]
-    assert scale.step(scheme, N, 2, SMALL).seconds == pytest.approx(on_all_ranks(scheme), rel=0.1)
+    assert scale.step(scheme, N, 2, SMALL, nic=nic).seconds == pytest.approx(on_all_ranks(scheme, nic), rel=0.06)
+
+
+def test_seconds_are_compute_and_waiting():
+    step = scale.step(fp.named(N)["3-level, 8"], N, 4, SMALL, nic=1e9)
+    assert step.compute + sum(step.exposed.values()) == pytest.approx(step.seconds, rel=0.01)
+
+
+@pytest.mark.parametrize("gamma", [1, 3])
+def test_seconds_of_more_microbatches_are_those_of_one_more_each(gamma):
+    one, two, more = (scale.step(fp.named(N)["ZeRO++"], N, g, SMALL).seconds for g in (1, 2, 2 + gamma))
+    assert more == pytest.approx(two + gamma * (two - one))
+
+
+@pytest.mark.parametrize("name", small.schemes())
+def test_the_shipped_losses_are_those_of_the_script(name):
+    assert_allclose(small.losses(small.schemes()[name], 1, steps=2), small.measured()[name][1, :2], rtol=1e-4)
+
+
+def test_a_node_has_its_ranks_on_a_ring_of_direct_links():
+    machine = scale.frontier(2)
+    for rank in range(8):
+        assert len(machine.route(machine.ranks[rank], machine.ranks[(rank + 1) % 8])) == 1
+
+
+def test_eight_dies_of_a_node_reach_the_others_by_four_nics():
+    machine = scale.frontier(2)
+    routes = [machine.route(machine.ranks[rank], machine.ranks[8 + rank]) for rank in range(8)]
+    assert len({edge for route in routes for edge in route if edge[1] == "slingshot"}) == 4

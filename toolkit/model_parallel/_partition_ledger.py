@@ -7,6 +7,8 @@ With G(x) = (x - 1)/x, Ψ parameters, a = N/8 nodes, without scales, a rank send
     3-level, 8   γ · [Ψ/2 in the pair, G(8) · Ψ in the node, G(8) · Ψ/2 in the node]
                  + 2 · G(a) · Ψ/4 between nodes + 3/4 · Ψ in the node
 
+Those are bytes that a rank sends. Of a collective over all ranks a node needs each part once, so little of it leaves a
+node (`between_nodes`): charged by link, a step of three levels costs more than one microbatch of ZeRO++.
 Chapter: model_parallel/frontier_partitioning.
 """
 

@@ -56,7 +56,7 @@ def _node(links):
     thick = {group: 1 + 15 * count / max(links.values()) if count else 0 for group, count in links.items()}
     yield from _line(360, 36, 360, 84, thick["inter"], INK.vermillion)
     yield '<path fill="none" stroke="currentColor" stroke-opacity=".5" d="M60 28h600v12h-600z"/>'
-    yield label(360, 38, "Slingshot, to other nodes", "m n")
+    yield label(68, 38, "Slingshot, to other nodes", "m")
     yield from _line(120, 92, 600, 92, thick["node"], INK.orange)
     for package in range(4):
         x = 120 + 160 * package
@@ -84,8 +84,8 @@ def _bars(name, memory, steps, gamma, top):
     for other, step in steps.items():
         chosen = "b" if other == name else "m"
         yield label(112, y + 12, other, f"{chosen} e")
-        x = yield from _stack(memory[other], STATES, 120, y, 150 / CAPACITY)
-        yield label(x + 5, y + 12, f"{sum(memory[other].values()) / 1e9:.1f} GB", chosen)
+        yield from _stack(memory[other], STATES, 120, y, 150 / CAPACITY)
+        yield label(278, y + 12, f"{sum(memory[other].values()) / 1e9:.1f} GB", chosen)
         parts = {group: value / gamma for group, value in split(step).items()}
         x = yield from _stack(parts, TIMES, 400, y, 250 / most)
         yield label(x + 5, y + 12, f"{step.seconds / gamma:.2f} s", chosen)
@@ -119,6 +119,6 @@ def _said(name, gamma, links, memory, seconds):
     kept = ", ".join(f"{state} {value / 1e9:.1f}" for state, value in memory.items())
     times = ", ".join(f"{other} {value:.2f}" for other, value in seconds.items())
     return (
-        f"{name}, {gamma} microbatches a step. A GCD sends {sent}. "
+        f"{name}, {gamma} microbatch{'es' * (gamma > 1)} a step. A GCD sends {sent}. "
         f"Model states {sum(memory.values()) / 1e9:.1f} GB of 64: {kept}. Seconds a microbatch: {times}."
     )

@@ -151,6 +151,7 @@ def step(scheme, n, gamma=1, model=GPT_20B, sequences=1, tokens=2048, nic=NIC, o
     returns     .seconds, .compute, .exposed {group of `group_of`: seconds without compute}, .rate flops/s a GCD: 6 a
                 parameter and token, without attention's scores and what is computed again
     """
+    one_nic = one_nic and any(inner < NODE < outer for some in spans(scheme, n).values() for inner, outer in some)
     times, log, kernels = _parts(scheme, n, model, sequences, tokens, nic, one_nic)
     busy = np.add.reduceat(kernels[:, 1] - kernels[:, 0], np.searchsorted(kernels[:, 0], times[:-1]))
     weights = np.array([1, gamma - 1, 1])  # the first microbatch, those like the second, the optimiser
