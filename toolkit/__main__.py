@@ -1,4 +1,4 @@
-"""The command line: `python -m toolkit systems | run | recommend | claims | calibrate`."""
+"""The command line: `python -m toolkit systems | run | recommend | place | claims | calibrate`."""
 
 import argparse
 import inspect
@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from toolkit import recommend
+from toolkit import place, recommend
 from toolkit.runtime import Cluster, hardware, like, shard, topology
 from toolkit.runtime.errors import RuntimeFault
 from toolkit.runtime.units import seconds, size
@@ -28,6 +28,7 @@ def main(arguments=None):
     commands.add_parser("systems", help="every system: part, paper, chapter").set_defaults(go=list_systems)
     _add_run(commands)
     recommend.add_command(commands)
+    place.add_command(commands)
     claims = commands.add_parser("claims", help="what the papers claim beside what we measure")
     claims.add_argument("--system", help="only this system")
     claims.set_defaults(go=run_claims)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from toolkit.kernels.layers import add
+from toolkit.kernels.layers import add, linear_grad_w
 from toolkit.runtime import Cluster, hardware, like, topology
 from toolkit.runtime.hardware import Device, Link
 from toolkit.sequence_parallel._block import block_weights
@@ -19,9 +19,6 @@ from toolkit.sequence_parallel._block import block_weights
 from . import _layers as layers
 from ._megatron_attention import scores_again, scores_in_memory
 from ._model import add_up, cut_block
-
-
-BUCKET = 2**32  # numbers that a collective takes at once
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def nodes_of(count, per_node, machine="a100"):
 def layer_seconds(job, efficiency):
     """Of a layer, the embedding and the head on one tensor group, what a rank needs; `job` as of `shape`.
 
-    layer, embedding, head   seconds {"F": …, "B": …} in all, of which {"W": …} products for weights' gradients
+    layer, embedding, head   seconds {"F": …, "B": …}, of which {"W": …} products for weights' gradients
     talk                     seconds {"F": …, "B": …} in which a layer computes nothing
     kept                     bytes of a layer from its forward to its backward pass
     peak                     bytes at most
@@ -58,26 +55,25 @@ def layer_seconds(job, efficiency):
     machine = MACHINES[job.machine]
     device = replace(machine.device, compute_efficiency=efficiency)
     run = Cluster(nodes_of(job.t, machine.node, job.machine), device).run(pieces, job)
-    mine = [event for event in run.trace if event.rank == 0 and event.kind == "compute"]
     found, kept = run.outputs[0]
-    for piece in found.values():
-        piece["W"] = _seconds(mine, piece["start"], piece["end"], "linear_grad_w")
-    layer = found["layer"]
-    middle = layer["start"] + layer["F"]
-    talk = {
-        "F": layer["F"] - _seconds(mine, layer["start"], middle),
-        "B": layer["B"] - _seconds(mine, middle, layer["end"]),
-    }
-    return SimpleNamespace(peak=max(run.peak_memory), kept=kept, talk=talk, **found)
+    kernels = run.trace.kernels
+    starts, ends = kernels[kernels[:, 0] == 0][:, 3:5].T
 
+    def silent(start, end):
+        inside = (start <= starts) & (starts < end)
+        return end - start - float((ends - starts)[inside].sum())
 
-def _seconds(events, start, end, name=None):
-    inside = (e for e in events if start <= e.start < end and name in (None, e.name))
-    return sum(event.end - event.start for event in inside)
+    start, middle, end = found["layer"]
+    talk = {"F": silent(start, middle), "B": silent(middle, end)}
+    lasts = {name: {"F": middle - start, "B": end - middle} for name, (start, middle, end) in found.items()}
+    alone = Cluster(topology.switch(1, machine.link), device).run(products, job)
+    lasts["layer"]["W"], lasts["head"]["W"] = alone.outputs[0]
+    lasts["embedding"]["W"] = 0.0
+    return SimpleNamespace(peak=max(run.peak_memory), kept=kept, talk=talk, **lasts)
 
 
 def pieces(comm, job):
-    """Run each piece forward and backward and look at the clock: ({piece: times}, bytes a layer keeps)."""
+    """Run each piece forward and backward and look at the clock: ({piece: its three times}, bytes a layer keeps)."""
     head_dim, tokens = job.h // job.heads, job.b * job.s
     whole = block_weights(None, job.h, job.heads, job.heads, head_dim, 4 * job.h, "float16")
     attention = scores_again(dropout=0.1) if job.recompute == "attention" else scores_in_memory(dropout=0.1)
@@ -112,6 +108,20 @@ def pieces(comm, job):
     return {piece.__name__: timed(comm, piece()) for piece in (layer, embedding, head)}, kept[0]
 
 
+def products(comm, job):
+    """Seconds of the products for weights' gradients: (of a layer, of the head)."""
+    whole = block_weights(None, job.h, job.heads, job.heads, job.h // job.heads, 4 * job.h, "float16")
+    times = [comm.now]
+    for matrices in (
+        [a for a in cut_block(whole, 0, job.t, job.h // job.heads).values() if a.ndim == 2],
+        [like((job.h, job.vocabulary // job.t), "float16")],
+    ):
+        for a in matrices:
+            linear_grad_w(*(like((job.b * job.s, channels), "float16") for channels in a.shape))
+        times.append(comm.now)
+    return np.diff(times).tolist()
+
+
 def bytes_in(saved):
     """Of all arrays in nested tuples, each counted once."""
     arrays, rest = {}, [saved]
@@ -125,11 +135,8 @@ def bytes_in(saved):
 
 
 def timed(comm, both_ways):
-    start = comm.now
-    next(both_ways)
-    middle = comm.now
-    next(both_ways)
-    return {"F": middle - start, "B": comm.now - middle, "start": start, "end": comm.now}
+    """When the two halves of a piece start and end."""
+    return comm.now, (next(both_ways), comm.now)[1], (next(both_ways), comm.now)[1]
 
 
 @cache
@@ -139,14 +146,25 @@ def gather_seconds(t, part, machine="a100"):
     return group.run(lambda comm: layers.all_gather(comm, like(part, "float16")) is None).makespan
 
 
-@cache
 def all_reduce_seconds(ranks, per_node, numbers, machine="a100"):
-    """Seconds to all-reduce 16-bit numbers over ranks, `per_node` of them on a node; many of them in equal buckets."""
-    buckets = -(-numbers // BUCKET)
-    if buckets > 1:
-        return buckets * all_reduce_seconds(ranks, per_node, numbers // buckets, machine)
-    everyone = Cluster(nodes_of(ranks, per_node, machine), MACHINES[machine].device)
-    return everyone.run(lambda comm: layers.all_reduce(comm, like((numbers,), "float16")) is None).makespan
+    """Seconds to all-reduce 16-bit numbers over ranks, `per_node` of them on a node.
+
+    That is a latency and a rate, so two runs tell it for all numbers.
+    """
+    latency, each = _line(ranks, per_node, machine)
+    return latency + each * numbers
+
+
+@cache
+def _line(ranks, per_node, machine):
+    """Seconds of an all-reduce of no numbers, and for each number."""
+
+    def seconds(numbers):
+        return everyone.run(lambda comm: layers.all_reduce(comm, like((numbers,), "float16")) is None).makespan
+
+    everyone, few = Cluster(nodes_of(ranks, per_node, machine), MACHINES[machine].device), 2**18 * ranks
+    once, twice = seconds(few), seconds(2 * few)
+    return 2 * once - twice, (twice - once) / few
 
 
 def wire_seconds(ranks, per_node, numbers, machine="a100"):

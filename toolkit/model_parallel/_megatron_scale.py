@@ -149,13 +149,14 @@ def flush_seconds(job, all_reduce=all_reduce_seconds):
     return all_reduce(d, per_node, ends, machine) + shared
 
 
-def pass_seconds(job, order, efficiency, all_reduce=all_reduce_seconds):
+def pass_seconds(job, order, efficiency, all_reduce=all_reduce_seconds, messages=True):
     """(kind, stage) -> seconds of a pass, with the gather of what comes in and the way of what goes out.
 
     Who waits for its send is as busy as if the pass took longer, so a pass of `pass + message` seconds and a hop of 0
     are the same schedule; on the machine, `_pipeline.replay(…, overlap=False)`.
     order        any Schedule of the job's kind, p and v
     all_reduce   seconds of that collective: another than `all_reduce_seconds` for a bound
+    messages     False: passes without them
     """
     cost, last, each = layer_seconds(shape(job), efficiency), order.stages - 1, job.layers // order.stages
     message = like((job.b * job.s // (job.t if job.scatter_gather else 1), job.h), "float16")
@@ -167,7 +168,7 @@ def pass_seconds(job, order, efficiency, all_reduce=all_reduce_seconds):
 
     def way(a, b):
         """Seconds from stage a to stage b, of which one may not exist, or be on the same rank."""
-        if not (0 <= a <= last and 0 <= b <= last) or order.owner[a][0] == order.owner[b][0]:
+        if not (messages and 0 <= a <= last and 0 <= b <= last) or order.owner[a][0] == order.owner[b][0]:
             return 0.0
         link = on.link if inside > 1 and order.owner[a][0] // inside == order.owner[b][0] // inside else on.nic
         return link.latency * 2 + message.nbytes / link.bandwidth

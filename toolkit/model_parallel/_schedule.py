@@ -55,7 +55,7 @@ class Schedule:
     def stages(self):
         return len(self.owner)
 
-    @property
+    @cached_property
     def split(self):
         """Whether weights have passes of their own."""
         return any(step.kind == "W" for step in self.passes[0])
@@ -256,7 +256,10 @@ def bubble(schedule, forward=1.0, backward=2.0, weights=1.0, together=True):
     return total / (schedule.microbatches * (forward + backward)) - 1
 
 
-def peaks(schedule):
-    """The most chunk activations that each rank keeps at once: forward passes whose last backward pass is to come."""
-    change = {"F": 1, "W" if schedule.split else "B": -1}
+def peaks(schedule, left=1):
+    """The most chunk activations that each rank keeps at once: forward passes whose last backward pass is to come.
+
+    left   what stays from B to W, as a share of a chunk's activations
+    """
+    change = {"F": 1, "B": left - 1, "W": -left} if schedule.split else {"F": 1, "B": -1}
     return [max(accumulate((change.get(step.kind, 0) for step in order), initial=0)) for order in schedule.passes]
