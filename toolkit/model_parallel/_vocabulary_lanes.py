@@ -1,0 +1,88 @@
+"""Exchanges that run beside the passes, each kind on a stream of its own, one after the other.
+
+What an exchange computes (sums of what arrives, a factor a token) takes time and no part of the engine: the kernels of
+a communication library run on a few processors of the GPU, whatever the others do. Sums themselves are not charged.
+Chapter: model_parallel/vocabulary_parallel.
+"""
+
+from functools import reduce
+
+import numpy as np
+
+from toolkit.runtime.arrays import is_shape_only, like
+
+
+class Lane:
+    """One kind of exchange: a communicator and a stream of its own. Its name is its messages' in the trace.
+
+    stops   the rank waits for each of them
+    """
+
+    def __init__(self, comm, stops=False):
+        self.comm, self.stops, self.last = comm.split(0, comm.rank), stops, None
+
+    def start(self, exchange, *args):
+        """Begin `exchange(comm, *args)` when those before are done. Returns a Request."""
+        before = self.last
+
+        def in_turn():
+            if before is not None:
+                before.wait()
+            return exchange(self.comm, *args)
+
+        self.last = self.comm.spawn(in_turn, name=exchange.__name__)
+        if self.stops:
+            self.last.wait()
+        return self.last
+
+
+def beside(comm, function, *args):
+    """A kernel that takes its time and not the engine's."""
+    cost = function.cost(*args)
+    comm.sleep(cost.bytes / (comm.device.memory_bandwidth * comm.device.memory_efficiency))
+    return function.shapes(*args)
+
+
+def from_root(comm, x, root):
+    """`x` of `root`, on every rank."""
+    return comm.broadcast(x, root)
+
+
+def to_root(comm, x, root):
+    """The sum of all ranks' `x`, on `root`: each rank adds up a slice and sends it there. None elsewhere.
+
+    sends   (p - 1) / p of x.nbytes from every rank, then 1 / p of it to the root
+    """
+    mine = _fold(comm, x, np.add)
+    if comm.rank != root:
+        return comm.send(mine, root, "sum")
+    coming = [comm.irecv(r, "sum") if r != root else None for r in range(comm.size)]
+    return _joined([mine if request is None else request.wait() for request in coming], x)
+
+
+def all_reduce(comm, x, op=np.add):
+    """`op` over all ranks' `x`: the same bits everywhere. Sends 2 (p - 1) / p of x.nbytes from every rank."""
+    return _joined(_exchange(comm, [_fold(comm, x, op)] * comm.size), x)
+
+
+def _fold(comm, x, op):
+    """Slice `rank` of what `op` makes of all ranks' x."""
+    flat = x.reshape(-1)
+    cuts = [len(flat) * r // comm.size for r in range(comm.size + 1)]
+    parts = _exchange(comm, [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+    return parts[0] if is_shape_only(x) else reduce(op, parts)
+
+
+def _exchange(comm, parts):
+    """Part r goes to rank r. Returns what came from each rank, one's own included."""
+    others = [(comm.rank + hop) % comm.size for hop in range(1, comm.size)]
+    coming = {r: comm.irecv(r, "part") for r in others}
+    sent = [comm.isend(parts[r], r, "part") for r in others]
+    received = [coming[r].wait() if r in coming else parts[r] for r in range(comm.size)]
+    for message in sent:
+        message.wait()
+    return received
+
+
+def _joined(parts, x):
+    return like(x.shape, x.dtype) if is_shape_only(x) else np.concatenate(parts).reshape(x.shape)
