@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
+from toolkit.model_parallel import _partition_picture as picture
 from toolkit.model_parallel import _partition_scale as scale
 from toolkit.model_parallel import _partition_trained as small
 from toolkit.model_parallel import frontier_partitioning as fp
@@ -84,6 +85,18 @@ def test_without_packets_weights_are_those_of_one_device_after_three_steps(name)
     for ours, wanted in zip(weights, alone()[1], strict=True):
         assert_allclose(ours[: wanted.size], wanted, rtol=0, atol=1e-12)
         assert not ours[wanted.size :].any()  # padding never moves
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+@pytest.mark.parametrize("scheme", [fp.three_level, lambda n, quantised: fp.zero_pp(n, quantised, True, quantised)])
+def test_other_numbers_of_nodes_take_the_same_step(nodes, scheme):
+    machine, n = Cluster(topology.frontier(nodes), hardware.MI250X), 8 * nodes
+    text = np.random.default_rng(nodes).integers(0, MODEL.vocabulary, (1, n, 7))
+    batch = data()[0], text[:, :, :-1].copy(), text[:, :, 1:].copy()
+    _, wanted, _ = fp.train(Cluster(topology.switch(1, hardware.NVLINK4)), MODEL, fp.zero(0, 1), *batch, RATE)
+    _, weights, _ = fp.train(machine, MODEL, scheme(n, quantised=False), *batch, RATE)
+    for ours, one in zip(weights, wanted, strict=True):
+        assert_allclose(ours[: one.size], one, rtol=0, atol=1e-12)
 
 
 def test_one_device_takes_the_steps_of_torchs_adam():
@@ -430,7 +443,7 @@ def on_all_ranks(scheme, nic):
         fp.optimizer_step(comm, groups, scheme, kept, RATE)
         return comm.now - start
 
-    return max(Cluster(scale.frontier(2, nic), scale.DEVICE).run(program).outputs)
+    return max(Cluster(fp.frontier(2, nic), scale.DEVICE).run(program).outputs)
 
 
 @pytest.mark.parametrize("name", ["ZeRO-3", "ZeRO++", "3-level, 8", "3-level, 2, fp16"])
@@ -456,13 +469,26 @@ def test_the_shipped_losses_are_those_of_the_script(name):
     assert_allclose(small.losses(small.schemes()[name], 1, steps=2), small.measured()[name][1, :2], rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", picture.shown(N))
+def test_the_picture_shares_all_bytes_among_the_links(name):
+    scheme = fp.named(N)[name]
+    links = picture.by_links(scheme, PSI, N, 4)
+    assert sum(links.values()) == pytest.approx(sum(fp.step_bytes(scheme, PSI, N, 4).values()))
+    assert links["inter"] == pytest.approx(fp.between_nodes(scheme, PSI, N, 4))
+
+
+def test_the_pictures_words_tell_bytes_memory_and_seconds():
+    words = picture.draw("3-level, 8", 4, scale.NIC).words
+    assert "between nodes 10.1 GB" in words and "28.9 GB of 64" in words and "ZeRO-3" in words
+
+
 def test_a_node_has_its_ranks_on_a_ring_of_direct_links():
-    machine = scale.frontier(2)
+    machine = fp.frontier(2)
     for rank in range(8):
         assert len(machine.route(machine.ranks[rank], machine.ranks[(rank + 1) % 8])) == 1
 
 
 def test_eight_dies_of_a_node_reach_the_others_by_four_nics():
-    machine = scale.frontier(2)
+    machine = fp.frontier(2)
     routes = [machine.route(machine.ranks[rank], machine.ranks[8 + rank]) for rank in range(8)]
     assert len({edge for route in routes for edge in route if edge[1] == "slingshot"}) == 4

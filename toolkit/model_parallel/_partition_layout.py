@@ -14,10 +14,24 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from toolkit.runtime import topology
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _two_level
 
 NODE, PAIR = 8, 2  # GCDs of a Frontier node, and of one MI250X package
+RING = (0, 1, 3, 2, 4, 5, 7, 6)  # a ring through a node's GCDs by direct links; packages stay together
+NIC = 25e9  # bytes/s of one NIC; two GCDs share it
+
+
+def frontier(nodes=1, nic=NIC):
+    """Frontier with ranks in the order of RING, and NICs of another speed if wanted: a Topology."""
+    machine = topology.frontier(nodes)
+    graph = machine.graph.copy()
+    for u, v, data in graph.edges(data=True):
+        if "slingshot" in (u, v):
+            data["link"] = replace(data["link"], bandwidth=nic)
+    ranks = tuple(NODE * node + g for node in range(nodes) for g in RING)
+    return replace(machine, graph=graph, ranks=ranks)
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ def split(step):
     return {"compute": step.compute, "pair": exposed.get("pair", 0), "node": exposed.get("node", 0), "inter": inter}
 
 
-def draw(name, gamma, nic, n=384, one_nic=True):
+def draw(name, gamma, nic, n=384, tokens=512):
     """Picture of one scheme of `shown`, beside the others."""
     schemes, psi = shown(n), -(-scale.parameters(scale.GPT_20B) // n) * n
     links = by_links(schemes[name], psi, n, gamma)
-    steps = {other: scale.step(s, n, gamma, nic=nic, one_nic=one_nic) for other, s in schemes.items()}
+    steps = {other: scale.step(s, n, gamma, nic=nic, tokens=tokens) for other, s in schemes.items()}
     memory = {other: fp.memory(s, psi, n) for other, s in schemes.items()}
     body = [label(4, 15, f"{name}: bytes a GCD sends in a step of {gamma} microbatch{'es' * (gamma > 1)}", "b")]
     body += [*_node(links), *_bars(name, memory, steps, gamma, 196)]

@@ -21,27 +21,14 @@ from toolkit.runtime import Cluster, hardware, like, topology
 from toolkit.sequence_parallel import _zero3 as vectors
 
 from . import frontier_partitioning as fp
-from ._partition_layout import NODE, AllNics, Groups, spans
+from ._partition_layout import NIC, NODE, AllNics, Groups, frontier, spans
 from ._partition_model import Model
 from ._zero import State
 
 GPT_20B = Model(layers=44, h=6144, heads=48, vocabulary=50_304, recompute=True)
 GPT_10B = Model(layers=22, h=6144, heads=48, vocabulary=50_304, recompute=True)
 DEVICE = replace(hardware.MI250X, compute_efficiency=0.5)
-RING = (0, 1, 3, 2, 4, 5, 7, 6)  # a ring through a node's GCDs by direct links; packages stay together
-NIC = 25e9  # bytes/s of one NIC; two GCDs share it
 SIZES, NODES = (1 << 20, 1 << 22), (3, 4)  # what is simulated: bytes of a part, nodes
-
-
-def frontier(nodes=1, nic=NIC):
-    """Frontier with ranks in the order of RING, and NICs of another speed if wanted: a Topology."""
-    machine = topology.frontier(nodes)
-    graph = machine.graph.copy()
-    for u, v, data in graph.edges(data=True):
-        if "slingshot" in (u, v):
-            data["link"] = replace(data["link"], bandwidth=nic)
-    ranks = tuple(NODE * node + g for node in range(nodes) for g in RING)
-    return replace(machine, graph=graph, ranks=ranks)
 
 
 # ---- seconds of a collective -----------------------------------------------------------------------------------------

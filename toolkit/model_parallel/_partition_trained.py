@@ -17,7 +17,7 @@ from toolkit.runtime import Cluster
 from . import frontier_partitioning as fp
 from ._ladder_trained import VOCABULARY, text
 from ._partition_model import Model
-from ._partition_scale import DEVICE, frontier
+from ._partition_scale import DEVICE
 
 MODEL = Model(layers=2, h=32, heads=4, vocabulary=VOCABULARY)
 RANKS, STEPS, SEEDS, RATE, BATCH = 16, 200, 2, 4e-3, 32
@@ -44,7 +44,7 @@ def losses(scheme, seed, steps=STEPS):
     weights = MODEL.weights(random, "float32")
     pairs = [text(random, BATCH) for _ in range(steps)]
     tokens, targets = (np.stack(part) for part in zip(*pairs, strict=True))
-    return fp.train(Cluster(frontier(2), DEVICE), MODEL, scheme, weights, tokens, targets, RATE)[0]
+    return fp.train(Cluster(fp.frontier(2), DEVICE), MODEL, scheme, weights, tokens, targets, RATE)[0]
 
 
 @cache

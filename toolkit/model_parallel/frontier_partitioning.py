@@ -31,13 +31,13 @@ from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _zero3 as vectors
 
 from ._partition_blocks import copied, dequantise, quantise, reordered, sum_of_packets, zeros
-from ._partition_layout import Groups, Scheme, degrees, flat_range, groups, named, three_level, zero, zero_pp
+from ._partition_layout import Groups, Scheme, degrees, flat_range, frontier, groups, named, three_level, zero, zero_pp
 from ._partition_ledger import between_nodes, group_of, memory, step_bytes
 from ._zero import State, adam
 
 __all__ = [
-    "Groups", "Kept", "Scheme", "begin", "between_nodes", "flat_range", "group_of", "groups", "memory", "micro_step",
-    "named", "optimizer_step", "step_bytes", "three_level", "train", "zero", "zero_pp",
+    "Groups", "Kept", "Scheme", "begin", "between_nodes", "flat_range", "frontier", "group_of", "groups", "memory",
+    "micro_step", "named", "optimizer_step", "step_bytes", "three_level", "train", "zero", "zero_pp",
 ]  # fmt: skip
 
 
