@@ -1,7 +1,5 @@
 """A mixture of experts in PyTorch, token by token: what expert layers are judged by."""
 
-import math
-
 import torch
 
 functional = torch.nn.functional
@@ -55,8 +53,3 @@ def mixture(kind, w, x, k=2, slots=None, noise=None, balance=0.0):
     first = functional.one_hot(compared.argmax(dim=1), compared.shape[1]).double().mean(dim=0)
     loss = balance * compared.shape[1] * (first * compared.softmax(dim=1).mean(dim=0)).sum()
     return torch.stack(rows), loss
-
-
-def slots_of(tokens, experts, factor, multiple=1):
-    least = math.ceil(factor * tokens / experts)
-    return math.ceil(least / multiple) * multiple

@@ -45,30 +45,29 @@ class Route:
     saved: Any
 
 
-def capacity(tokens, experts, factor, multiple=1):
-    """Slots of an expert for one rank's tokens: factor · tokens / experts, rounded up, also to a multiple.
+def capacity(tokens, experts, factor):
+    """Slots of an expert for one rank's tokens: factor · tokens / experts, rounded up.
 
     factor   experts a token, times the slack: 2.4 is two experts and 20 %
     """
-    slots = math.ceil(factor * tokens / experts - 1e-9)
-    return -(-slots // multiple) * multiple
+    return math.ceil(factor * tokens / experts - 1e-9)
 
 
-def route(gate, weights, x, slots):
-    """Ask the gate for these tokens, (tokens, h): a Route with `slots` slots an expert."""
+def route(gate, weights, x, slots, multiple=1):
+    """Ask the gate for these tokens, (tokens, h): a Route of `slots` slots an expert, and empty ones to a multiple."""
     chosen, mix, saved = gate.forward(weights, x, slots)
-    return Route(place(chosen, slots), mix, saved)
+    return Route(place(chosen, slots, -slots % multiple), mix, saved)
 
 
 @kernel(
-    cost=lambda chosen, slots: Cost(0, 9 * chosen.size),
-    out=lambda chosen, slots: like((chosen.shape[1], slots), "int64"),
+    cost=lambda chosen, slots, empty=0: Cost(0, 9 * chosen.size),
+    out=lambda chosen, slots, empty=0: like((chosen.shape[1], slots + empty), "int64"),
 )
-def place(chosen, slots):
-    """(E, C): for each expert the first C tokens that chose it, -1 where there are fewer."""
+def place(chosen, slots, empty=0):
+    """(E, slots + empty): for each expert the first tokens that chose it, -1 where there are fewer than slots."""
     rank = np.cumsum(chosen, axis=0) - 1  # of a token among those that chose the expert
     token, expert = np.nonzero(chosen & (rank < slots))
-    found = np.full((chosen.shape[1], slots), -1)
+    found = np.full((chosen.shape[1], slots + empty), -1)
     found[expert, rank[token, expert]] = token
     return found
 
@@ -124,7 +123,7 @@ def unorder_backward(buffer, token, mix, grad):
 
 def dispatch(ep, buffer):
     """(E, C, h) of this rank's tokens -> (E/p, p·C, h) of this rank's experts, ranks one after the other."""
-    n = _experts_each(ep, len(buffer))
+    n = experts_each(ep, len(buffer))
     received = ep.all_to_all([buffer[j * n : (j + 1) * n] for j in range(ep.size)])
     return received[0] if ep.size == 1 else concatenate(tuple(received), axis=1)
 
@@ -136,7 +135,8 @@ def combine(ep, buffer):
     return received[0] if ep.size == 1 else concatenate(tuple(received))
 
 
-def _experts_each(ep, count):
+def experts_each(ep, count):
+    """Experts of a rank. Raises ShapeError if they do not divide."""
     if count % ep.size:
         raise ShapeError(f"{count} experts do not divide among {ep.size} ranks")
     return count // ep.size

@@ -14,6 +14,7 @@ import numpy as np
 from toolkit.kernels.layers import matmul
 from toolkit.runtime import Cluster, like
 
+from . import _fs_moe_wire as wire
 from ._mesh import Grid
 
 NAMES = ("all_to_all", "all_gather", "experts", "reduce_scatter", "all_reduce")
@@ -94,7 +95,7 @@ def profile(topology, device, nodes, dtype="float16", sizes=tuple(2**n for n in 
     """Time each operation on a virtual machine, all ranks at once: samples for `fit`.
 
     nodes   of equally many ranks each, numbered node by node
-    sizes   numbers in the arrays, multiples of the ranks' number; experts multiply so many by 1 024 channels
+    sizes   numbers in the arrays, multiples of 64; experts multiply so many by 1 024 channels
     """
     run = Cluster(topology, device).run(_timed, nodes, dtype, sizes)
     return {name: ([x for x, _ in rows], [t for _, t in rows]) for name, rows in run.outputs[0].items()}
@@ -104,16 +105,16 @@ def _timed(comm, nodes, dtype, sizes):
     grid = Grid(comm, tp=comm.size // nodes, ep=nodes)
     rows = {name: [] for name in NAMES}
     operations = {
-        "all_to_all": lambda x: grid.ep.all_to_all(list(np.array_split(x, nodes))),
-        "all_gather": lambda x: grid.tp.all_gather(x[: len(x) // grid.tp.size]),
-        "experts": lambda x: matmul(x.reshape(1, -1, 64), like((1, 64, 1024), dtype)),
-        "reduce_scatter": grid.tp.reduce_scatter,
-        "all_reduce": lambda x: grid.ep.all_reduce(x, algorithm="ring"),
+        "all_to_all": lambda n: wire.combine(grid.ep, like((1, n // 64, 64), dtype)),
+        "all_gather": lambda n: wire.gather(grid.tp, like((1, n // 64 // grid.tp.size, 64), dtype)),
+        "experts": lambda n: matmul(like((1, n // 64, 64), dtype), like((1, 64, 1024), dtype)),
+        "reduce_scatter": lambda n: wire.scatter(grid.tp, like((1, n // 64, 64), dtype)),
+        "all_reduce": lambda n: wire.reduce(grid.ep, like((n,), dtype)),
     }
     for n in sizes:
         for name, operation in operations.items():
             comm.barrier()
             start = comm.now
-            operation(like((n,), dtype))
+            operation(n)
             rows[name].append((n * 1024 if name == "experts" else n, comm.now - start))
     return rows

@@ -61,7 +61,10 @@ def moe_time(r, costs, work, gradient=0.0, streams="three"):
 
     costs      `_fs_moe_costs.Costs`             work   (x0, x1, x2, x3): `_fs_moe_costs.workload`
     gradient   numbers of dense gradient that are reduced meanwhile; an array gives an array
+    raises     ValueError  no such streams
     """
+    if streams not in LANES:
+        raise ValueError(f"streams={streams!r} is none of {', '.join(LANES)}")
     t, gar = costs.chunk(work, r), costs.reduce(gradient)
     if streams == "three":
         return terms(r, t, gar).max(axis=0)

@@ -1,7 +1,7 @@
 """FSMoE: a mixture of experts in which traffic between nodes, traffic inside nodes and experts all run at once.
 
 Experts lie on nodes (`ep`), and the devices of a node hold slices of each (`esp`). So a layer has five steps:
-all-to-all between nodes (dispatch), all-gather inside a node, experts, reduce-scatter inside, all-to-all back (combine).
+all-to-all between nodes (dispatch), all-gather inside a node, experts, reduce-scatter inside, all-to-all (combine).
 They use three things that can be busy at once, and each gets a lane, first in, first out:
 
     inter     D_1 … D_r, then a piece of the dense layers' gradients, then C_1 … C_r
@@ -26,12 +26,11 @@ from toolkit.kernels.layers import add
 from toolkit.runtime.algorithms import concatenate
 from toolkit.runtime.errors import ShapeError
 
+from . import _fs_moe_wire as wire
 from ._experts import (
     EXPERTS,
     Route,
     capacity,
-    combine,
-    dispatch,
     experts,
     experts_backward,
     order,
@@ -100,9 +99,10 @@ class FSMoELayer:
     """How a layer is run.
 
     gate           a Gate                          factor   f: experts a token times slack, sets the capacity
-    r_fwd, r_bwd   chunks in each direction; the capacity is rounded up to a multiple of both
+    r_fwd, r_bwd   chunks in each direction; empty slots are added up to a multiple of both
     streams        "three", "one network" or "sequential"
     hooks          {place: (function, its adjoint)} of a chunk (experts, slots, h); places are PLACES
+    raises         ValueError  an unknown name, or no chunk at all
     """
 
     gate: Gate
@@ -111,6 +111,14 @@ class FSMoELayer:
     r_bwd: int = 1
     streams: str = "three"
     hooks: Mapping[str, tuple[Callable, Callable]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.streams not in LANES:
+            raise ValueError(f"streams={self.streams!r} is none of {', '.join(LANES)}")
+        if unknown := sorted(set(self.hooks) - set(PLACES)):
+            raise ValueError(f"hooks at {', '.join(unknown)}: places are {', '.join(PLACES)}")
+        if min(self.r_fwd, self.r_bwd) < 1:
+            raise ValueError(f"r_fwd={self.r_fwd}, r_bwd={self.r_bwd}: a layer has at least one chunk")
 
 
 PLACES = ("before_dispatch", "after_dispatch", "before_combine", "after_combine")
@@ -126,17 +134,6 @@ class Saved:
     back: Any  # (E, C, h), experts' outputs
 
 
-def slots_of(layer, tokens, count):
-    """Slots of each of `count` experts for one rank's tokens: a multiple of both degrees.
-
-    raises   ShapeError  more chunks than slots: some would be padding only
-    """
-    least, most = capacity(tokens, count, layer.factor), max(layer.r_fwd, layer.r_bwd)
-    if most > least:
-        raise ShapeError(f"{most} chunks of {least} slots an expert: at least one would be empty")
-    return capacity(tokens, count, layer.factor, math.lcm(layer.r_fwd, layer.r_bwd))
-
-
 def forward(layer, grid, weights, x, gradients=None):
     """The experts' outputs for this rank's tokens.
 
@@ -146,10 +143,12 @@ def forward(layer, grid, weights, x, gradients=None):
     gradients   flat array to all-reduce over `ep` meanwhile, or None
     returns     (y, Saved, the reduced gradients or None)
     sends       2 (p-1)/p of the buffer (E, C, h) between nodes; inside, 2 (q-1) times the buffer's slots on this node
-    raises      ShapeError
+    raises      ShapeError  more chunks than slots
     """
-    count = len(weights["expert_up"]) * grid.ep.size
-    where = route(layer.gate, weights["router"], x, slots_of(layer, len(x), count))
+    slots = capacity(len(x), len(weights["expert_up"]) * grid.ep.size, layer.factor)
+    if (most := max(layer.r_fwd, layer.r_bwd)) > slots:
+        raise ShapeError(f"{most} chunks of {slots} slots an expert: at least one would be empty")
+    where = route(layer.gate, weights["router"], x, slots, math.lcm(layer.r_fwd, layer.r_bwd))
     kept = [None] * layer.r_fwd
 
     def work(i, buffer):
@@ -189,22 +188,16 @@ def _through(layer, grid, r, buffer, work, hooks, gradients):
     """The buffer (E, C, h) to the experts and back, in r chunks of its slots."""
     ep, esp, c = grid.ep, grid.tp, buffer.shape[1] // r
     leaving, arriving, returning, home = hooks
-
-    def scatter(_, y):
-        slots = y.shape[1] // esp.size
-        return esp.reduce_scatter([y[:, j * slots : (j + 1) * slots] for j in range(esp.size)]) if esp.size > 1 else y
-
     stages = (
-        lambda i, _: arriving(dispatch(ep, leaving(buffer[:, i * c : (i + 1) * c]))),
-        lambda _, x: esp.all_gather(x, axis=1) if esp.size > 1 else x,
+        lambda i, _: arriving(wire.dispatch(ep, leaving(buffer[:, i * c : (i + 1) * c]))),
+        lambda _, x: wire.gather(esp, x),
         work,
-        scatter,
-        lambda _, y: home(combine(ep, returning(y))),
+        lambda _, y: wire.scatter(esp, y),
+        lambda _, y: home(wire.combine(ep, returning(y))),
     )
-    reduce = None if gradients is None else lambda: ep.all_reduce(gradients, algorithm="ring")
+    reduce = None if gradients is None else lambda: wire.reduce(ep, gradients)
     chunks, reduced = pipeline(Lanes(grid.comm, layer.streams), r, stages, reduce)
-    back = [chunk.wait() for chunk in chunks]
-    return back[0] if r == 1 else concatenate(tuple(back), axis=1), reduced and reduced.wait()
+    return wire.joined([chunk.wait() for chunk in chunks], 1), reduced and reduced.wait()
 
 
 def regrouped(chunks, r, ranks):
