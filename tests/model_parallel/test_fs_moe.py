@@ -216,6 +216,24 @@ def test_rivals_programs_take_as_long_as_their_simulation(streams, r, binds):
 
 
 @any_machine
+@pytest.mark.parametrize("r_fwd, r_bwd", [(1, 5), (5, 1), (2, 2)])
+def test_backward_takes_the_closed_form_with_experts_twice_as_long(r_fwd, r_bwd, binds):
+    def program(comm, layer, whole, x):
+        grid = Grid(comm, tp=PER_NODE, ep=NODES)
+        mine = _experts.cut_experts(whole, grid.ep, grid.tp)
+        y, saved, _ = fs_moe.forward(layer, grid, mine, x)
+        start = comm.now
+        fs_moe.backward(layer, grid, mine, saved, y)
+        return comm.now - start
+
+    whole, x, _ = inputs("sigmoid")
+    layer = fs_moe.FSMoELayer(GATES["sigmoid"], 2.5, r_fwd, r_bwd)
+    seconds = timed_machine(binds).run(program, layer, whole, per_rank(list(x))).outputs[0]
+    (t0, t1, t2, t3), gate = by_formula(r_bwd, binds)
+    assert_allclose(seconds - 2 * gate, times.terms(r_bwd, (t0, t1, 2 * t2, t3)).max(), rtol=1e-9)
+
+
+@any_machine
 def test_each_machine_has_its_bound_so_that_these_tests_compare_more_than_one(binds):
     bounds = times.terms(5, by_formula(5, binds)[0])
     assert times.TERMS[int(bounds.argmax())] == binds

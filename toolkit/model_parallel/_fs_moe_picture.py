@@ -10,7 +10,7 @@ from toolkit.show.picture import bar, drawn, label, number
 from ._fs_moe_gradients import partition_gradients
 from ._fs_moe_times import DEGREES, TERMS, simulate_layer, terms
 
-WIDTH, LEFT, RIGHT, TALL, STEP = 720, 104, 706, 24, 32  # px
+WIDTH, LEFT, RIGHT, TALL, STEP = 720, 116, 706, 24, 32  # px
 COLOURS = {"D": INK.sky, "AG": INK.green, "E": INK.blue, "dense": INK.grey, "GAR": INK.orange}
 COLOURS |= {"C": COLOURS["D"], "RS": COLOURS["AG"]}
 LEGEND = {"D": "D dispatch, C combine", "AG": "AG gather, RS scatter", "E": "E experts", "dense": "dense part"}
@@ -34,7 +34,7 @@ def draw(layers, costs, r, mode):
     longest = max(partition_gradients(layers, costs, degrees=(n,), method="end").seconds for n in DEGREES)
     axis, bottom = TimeAxis(longest, LEFT, RIGHT), 40 + STEP * len(ROWS)
     body = [*_legend(), *axis.lines(34, bottom)]
-    body += [label(98, 40 + STEP * i + 16, name, "m e") for i, name in enumerate(ROWS.values())]
+    body += [label(110, 40 + STEP * i + 16, name, "m e") for i, name in enumerate(ROWS.values())]
     body += _bars(events, axis)
     end = number(axis.x(total))
     body.append(f'<path class="k" stroke-dasharray="4 2" d="M{end} 34V{bottom}"/>')
@@ -78,7 +78,7 @@ def _legend():
     for name, words in LEGEND.items():
         yield f'<path fill="{COLOURS[name]}" d="{bar(x, 8, 14, 12)}"/>'
         yield label(x + 18, 18, words, "m")
-        x += 38 + 5.9 * len(words)
+        x += 36 + 5.8 * len(words)
 
 
 def _bounds(bounds, y):
@@ -86,7 +86,7 @@ def _bounds(bounds, y):
     most = max(bounds)
     for i, (name, seconds) in enumerate(zip(TERMS, bounds, strict=True)):
         top, binds = y + 20 * i, seconds == most
-        yield label(98, top + 12, name, "b e" if binds else "m e")
+        yield label(110, top + 12, name, "b e" if binds else "m e")
         width = (RIGHT - LEFT - 150) * seconds / most
         yield f'<path fill="{INK.critical if binds else INK.grey}" d="{bar(LEFT, top, width, 15)}"/>'
         said = f"{seconds * 1e3:.1f} ms{', binds' if binds else ''}"
