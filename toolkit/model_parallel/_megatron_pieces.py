@@ -52,27 +52,41 @@ def layer_seconds(job, efficiency):
     kept                     bytes of a layer from its forward to its backward pass
     peak                     bytes at most
     """
-    machine = MACHINES[job.machine]
-    device = replace(machine.device, compute_efficiency=efficiency)
-    run = Cluster(nodes_of(job.t, machine.node, job.machine), device).run(pieces, job)
+    run, ends = _run(job, efficiency, ("layer",)), _ends(replace(job, recompute="full"), efficiency)
     found, kept = run.outputs[0]
     kernels = run.trace.kernels
-    starts, ends = kernels[kernels[:, 0] == 0][:, 3:5].T
+    starts, stops = kernels[kernels[:, 0] == 0][:, 3:5].T
 
-    def silent(start, end):
-        inside = (start <= starts) & (starts < end)
-        return end - start - float((ends - starts)[inside].sum())
+    def silent(start, stop):
+        inside = (start <= starts) & (starts < stop)
+        return stop - start - float((stops - starts)[inside].sum())
 
-    start, middle, end = found["layer"]
-    talk = {"F": silent(start, middle), "B": silent(middle, end)}
-    lasts = {name: {"F": middle - start, "B": end - middle} for name, (start, middle, end) in found.items()}
-    alone = Cluster(topology.switch(1, machine.link), device).run(products, job)
-    lasts["layer"]["W"], lasts["head"]["W"] = alone.outputs[0]
-    lasts["embedding"]["W"] = 0.0
-    return SimpleNamespace(peak=max(run.peak_memory), kept=kept, talk=talk, **lasts)
+    start, middle, stop = found["layer"]
+    talk = {"F": silent(start, middle), "B": silent(middle, stop)}
+    layer = {"F": middle - start, "B": stop - middle, "W": ends.product_of_layer}
+    peak = max(*run.peak_memory, ends.peak)
+    return SimpleNamespace(layer=layer, embedding=ends.embedding, head=ends.head, talk=talk, kept=kept, peak=peak)
 
 
-def pieces(comm, job):
+@cache
+def _ends(job, efficiency):
+    """What recomputation does not change: the embedding, the head, and the products for weights' gradients."""
+    run = _run(job, efficiency, ("embedding", "head"))
+    lasts = {name: {"F": b - a, "B": c - b} for name, (a, b, c) in run.outputs[0][0].items()}
+    device = replace(MACHINES[job.machine].device, compute_efficiency=efficiency)
+    of_layer, of_head = Cluster(topology.switch(1, hardware.NVLINK3), device).run(products, job).outputs[0]
+    lasts["embedding"]["W"], lasts["head"]["W"] = 0.0, of_head
+    return SimpleNamespace(**lasts, product_of_layer=of_layer, peak=max(run.peak_memory))
+
+
+def _run(job, efficiency, names):
+    """`pieces` of these names on one tensor group."""
+    machine = MACHINES[job.machine]
+    device = replace(machine.device, compute_efficiency=efficiency)
+    return Cluster(nodes_of(job.t, machine.node, job.machine), device).run(pieces, job, names)
+
+
+def pieces(comm, job, names=("layer", "embedding", "head")):
     """Run each piece forward and backward and look at the clock: ({piece: its three times}, bytes a layer keeps)."""
     head_dim, tokens = job.h // job.heads, job.b * job.s
     whole = block_weights(None, job.h, job.heads, job.heads, head_dim, 4 * job.h, "float16")
@@ -105,7 +119,8 @@ def pieces(comm, job):
         add(table, layers.head_backward(setting, norm, table.T, saved, text, losses)[2].T)
         yield
 
-    return {piece.__name__: timed(comm, piece()) for piece in (layer, embedding, head)}, kept[0]
+    known = {"layer": layer, "embedding": embedding, "head": head}
+    return {name: timed(comm, known[name]()) for name in names}, sum(kept)
 
 
 def products(comm, job):

@@ -37,7 +37,7 @@ GPTS = {  # layers, h, heads: Korthikanti et al. 2022, table 3
 KINDS = ("1F1B", "GPipe", "interleaved", *SPLIT)
 RECOMPUTE = ("full", "attention", "none")
 EFFICIENCY = 0.687  # of products: fitted on one row of Megatron-LM's table, `claims.model_parallel.megatron`
-MICROBATCHES = (1, 2, 3, 4, 6, 8)  # sequences
+MICROBATCHES = (1, 2, 3, 4, 8)  # sequences
 
 
 # ---- does it fit? ----------------------------------------------------------------------------------------------------
@@ -89,6 +89,7 @@ def state_bytes(job):
     return bytes_a_parameter(job.zero, job.d) * layers + bytes_a_parameter(min(job.zero, 2), job.d) * ends
 
 
+@cache
 def memory(job, efficiency=1.0):
     """A Memory. Only the input of the model's ends, a hidden state or less, is left out.
 
@@ -128,6 +129,7 @@ def chunks(job):
 # ---- how fast at best? -----------------------------------------------------------------------------------------------
 
 
+@cache
 def bound(job, efficiency):
     """Seconds, never more than `step`'s, without a schedule.
 
@@ -173,9 +175,12 @@ class Found:
     timed: int
 
 
-def placements(job, devices, kinds=KINDS, recompute=RECOMPUTE, zero=(0, 1, 2, 3)):
-    """Every way to place the model of `job` and its batch: Jobs. One stage has one schedule, one replica no ZeRO."""
-    for t, p, b in product(divisors(devices), divisors(devices), MICROBATCHES):
+def placements(job, devices, kinds=KINDS, recompute=RECOMPUTE, zero=(0, 1, 2, 3), grids=None):
+    """Every way to place the model of `job` and its batch: Jobs. One stage has one schedule, one replica no ZeRO.
+
+    grids   of (t, p, b) only; None: all
+    """
+    for t, p, b in grids or product(divisors(devices), divisors(devices), MICROBATCHES):
         if devices % (t * p):
             continue
         d = devices // (t * p)
