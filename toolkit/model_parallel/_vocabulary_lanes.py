@@ -5,7 +5,10 @@ a communication library run on a few processors of the GPU, whatever the others 
 Chapter: model_parallel/vocabulary_parallel.
 """
 
+from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -34,6 +37,16 @@ class Lane:
         if self.stops:
             self.last.wait()
         return self.last
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a rank has already, with the face of a Request."""
+
+    value: Any
+
+    def wait(self):
+        return self.value
 
 
 def beside(comm, function, *args):
@@ -69,7 +82,7 @@ def _fold(comm, x, op):
     """Slice `rank` of what `op` makes of all ranks' x."""
     flat = x.reshape(-1)
     cuts = [len(flat) * r // comm.size for r in range(comm.size + 1)]
-    parts = _exchange(comm, [flat[a:b] for a, b in zip(cuts, cuts[1:], strict=False)])
+    parts = _exchange(comm, [flat[a:b] for a, b in pairwise(cuts)])
     return parts[0] if is_shape_only(x) else reduce(op, parts)
 
 

@@ -18,6 +18,7 @@ from toolkit.runtime.hardware import Curve, Link
 
 from . import vocabulary_parallel as vocabulary
 from ._model import Layer
+from ._vocabulary_schedule import output_in_layers, redistribute_layers
 
 GIB = 2**30
 PARAMETER_BYTES, KEPT_BYTES = 18, 34
@@ -68,7 +69,13 @@ class Step:
     """seconds; peak bytes of each rank; mfu: operations of the model over those of the devices at their peak."""
 
     job: Job
+    method: str
     run: object
+
+    @property
+    def layers(self):
+        """Layers of each rank."""
+        return layers_of(self.job, self.method)
 
     @property
     def seconds(self):
@@ -90,7 +97,13 @@ class Step:
 @cache
 def step(job, method):
     """One Step, run shape-only."""
-    return Step(job, Cluster(topology.switch(job.stages, job.link), device(job)).run(program, job, method))
+    return Step(job, method, Cluster(topology.switch(job.stages, job.link), device(job)).run(program, job, method))
+
+
+def layers_of(job, method):
+    """Layers of each rank."""
+    extra = output_in_layers(job.vocabulary, job.h, job.sequence) if method == "redis" else 0.0
+    return redistribute_layers(job.layers, job.stages, (0.0, extra))
 
 
 def device(job):

@@ -1,7 +1,7 @@
 """Orders of passes for a pipeline whose vocabulary layers are cut over all its ranks.
 
-Every rank has passes S and T (output layer), IF and IB (embedding) for each microbatch beside its own F and B. A barrier
-is a pass that waits for a pass of all ranks. Each one lengthens the life of a microbatch by one round of passes:
+Every rank has passes S and T (output layer), IF and IB (embedding) for each microbatch beside its own F and B. A
+barrier is a pass that waits for a pass of all ranks. Each one lengthens a microbatch's life by one round of passes:
 
     schedule       barriers    microbatches that rank r keeps
     1F1B           0           p - r
@@ -53,10 +53,11 @@ class Barriered(Schedule):
         return found
 
 
-def build_schedule(method, stages, microbatches, forward=1 / 3):
+def build_schedule(method, stages, microbatches, forward=0.3):
     """The Schedule of one of METHODS.
 
-    forward   share of F in the time of F and B. It decides how early a rank does S; a wrong one costs idle time
+    forward   share of a round that a microbatch needs from rank to rank on its way down. It decides after how many
+              rounds a rank does S. A little under F / (F + B), which is 1/3, leaves every exchange some time
     raises    ShapeError  no such method, or no whole numbers
     """
     _whole(stages=stages, microbatches=microbatches)
@@ -112,7 +113,7 @@ def _in_rounds(method, p, m, forward):
 
     def order(rank):
         away, extra = p - 1 - rank, EXTRA[method]
-        soft = 1 + whole(away * forward)  # the last rank's F has ended when S starts, and S ends within a round
+        soft = ceil(away * forward - TINY)  # the last rank's F has ended when S starts, and S ends within a round
         back = away + extra
         ahead = 1 + ceil(rank * forward - TINY)  # all ranks have embedded a round before rank 0 needs it
         after = ceil(p - 1 + extra - rank * forward - TINY)  # rank 0's B has ended
@@ -122,10 +123,6 @@ def _in_rounds(method, p, m, forward):
         return [step for step in steps if 0 <= step.microbatch < m]
 
     return map(order, range(p))
-
-
-def whole(x):
-    return int(x + TINY)
 
 
 # ---- interlaced ------------------------------------------------------------------------------------------------------

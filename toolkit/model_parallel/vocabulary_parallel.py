@@ -28,7 +28,7 @@ from toolkit.sequence_parallel._block import one_device
 from . import _layers, _model, _pipeline
 from ._mesh import Grid
 from ._vocabulary import embed_rows, embed_rows_backward, entropy, entropy_backward, loss_of
-from ._vocabulary_lanes import Lane, all_reduce, beside, from_root, to_root
+from ._vocabulary_lanes import Here, Lane, all_reduce, beside, from_root, to_root
 from ._vocabulary_passes import aligned, alpha, input_gradient, logits_gradient, own_softmax
 from ._vocabulary_schedule import SPLIT, build_schedule, output_in_layers, redistribute_layers
 
@@ -37,7 +37,7 @@ from ._vocabulary_schedule import SPLIT, build_schedule, output_in_layers, redis
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Rows of rank `rank` of `ranks`, of a table of `size` rows: all shards have `rows` of them, the last ones padded."""
+    """Rows that rank `rank` of `ranks` has of a table of `size` rows: `rows` on each, the last ones padded."""
 
     rank: int
     ranks: int
@@ -95,16 +95,17 @@ class OutputLayer:
     def __init__(self, comm, method, shard, table, targets, scale):
         self.rank, self.last, self.one_barrier = comm.rank, comm.size - 1, method == "vocab-2"
         self.shard, self.table, self.targets, self.scale = shard, table, targets, scale
-        stops = method == "interlaced"
-        self.c0, self.c1, self.c2 = Lane(comm), Lane(comm, stops), Lane(comm, stops)
+        self.stops = method == "interlaced"
+        self.c0, self.c1, self.c2 = Lane(comm), Lane(comm, self.stops), Lane(comm, self.stops)
         self.x, self.own, self.said, self.dx, self.losses, self.grad = {}, {}, {}, {}, {}, None
-        if self.rank != self.last and not stops:
+        if self.rank != self.last and not self.stops:
             for k in range(len(targets)):
                 self.announce(k)
 
     def announce(self, k, x=None):
         """C0: X (n, h) of the last rank goes to all."""
-        self.x[k] = self.c0.start(from_root, x, self.last)
+        coming = self.c0.start(from_root, x, self.last)
+        self.x[k] = coming if x is None or self.stops else Here(x)
 
     def S(self, k):
         """The rank's own softmax; with Vocab-2 also what ∇X will need."""
@@ -193,10 +194,10 @@ class InputLayer:
 
     def __init__(self, comm, method, shard, table, tokens):
         self.rank, self.shard, self.table, self.tokens = comm.rank, shard, table, tokens
-        stops = method == "interlaced"
-        self.up, self.down = Lane(comm, stops), Lane(comm)
+        self.stops = method == "interlaced"
+        self.up, self.down = Lane(comm, self.stops), Lane(comm)
         self.rows, self.coming, self.grad = {}, {}, None
-        if self.rank and not stops:
+        if self.rank and not self.stops:
             for k in range(len(tokens)):
                 self.announce(k)
 
@@ -212,7 +213,8 @@ class InputLayer:
 
     def announce(self, k, grad=None):
         """The gradient of rank 0's input goes to all."""
-        self.coming[k] = self.down.start(from_root, grad, 0)
+        coming = self.down.start(from_root, grad, 0)
+        self.coming[k] = coming if grad is None or self.stops else Here(grad)
 
     def IB(self, k):
         """The gradient of the rank's rows."""
