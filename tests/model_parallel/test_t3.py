@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from toolkit.model_parallel import _t3_picture as picture
 from toolkit.model_parallel import _t3_queue as memory
 from toolkit.model_parallel import _t3_scale as scale
+from toolkit.model_parallel import _t3_ticks as ticks
 from toolkit.model_parallel import t3
 from toolkit.model_parallel._t3_tracker import SOURCES, Trigger
 from toolkit.runtime import Cluster, hardware, like, per_rank, topology
@@ -279,12 +280,39 @@ def test_finer_tiles_come_nearer_to_the_ideal(ratio):
     assert times[-1] < times[0] - 0.2
 
 
+@any_ratio
 @pytest.mark.parametrize("n", [4, 8, 16])
-def test_without_stagger_chunk_by_chunk_the_sum_waits_for_the_whole_product(n):
+def test_without_stagger_whole_chunks_hide_one_transfer_at_most(n, ratio):
     """The last chunk is computed last everywhere, and then has its whole way round before it."""
-    run = fused(n, 1.0, stagger=False).run
-    assert run.makespan >= (n + n - 2) * STAGE * (1 - 1e-9)
-    assert run.makespan == pytest.approx(t3.timeline(n, STAGE, STAGE, scheme="sequential"), rel=0.15)
+    found = fused(n, ratio, stagger=False).run.makespan
+    assert found >= (t3.timeline(n, 1, ratio, scheme="sequential") - ratio) * STAGE * (1 - 1e-9)
+
+
+def cost_of_no_stagger(tiles):
+    staggered, plain = (fused(8, 1.0, tiles=tiles, stagger=s).run.makespan for s in (True, False))
+    return plain / staggered
+
+
+def test_small_tiles_do_most_of_what_stagger_does():
+    assert cost_of_no_stagger(tiles=1) > 1.7
+    assert 1 < cost_of_no_stagger(tiles=8) < 1.15
+
+
+def test_stagger_needs_a_tracker_that_holds_a_chunk_of_tiles():
+    """Partial sums arrive a stage before their partner is computed."""
+    assert max(gpu.tracker.peak for gpu in fused(8, 0.9, tiles=8).gpus) == pytest.approx(8, abs=1)
+
+
+def test_without_stagger_the_tracker_needs_less():
+    assert max(gpu.tracker.peak for gpu in fused(8, 0.9, tiles=8, stagger=False).gpus) < 7
+
+
+@pytest.mark.parametrize("network", [topology.full_mesh, topology.switch])
+def test_a_mesh_or_a_switch_serves_as_a_ring(network):
+    ring = machine(4, 1.5)
+    link = ring.topology.link(1, 0)
+    elsewhere = t3.fused_gemm_reduce_scatter(Cluster(network(4, link), ring.device), *parts(4))
+    assert elsewhere.run.makespan == pytest.approx(fused(4, 1.5).run.makespan, rel=1e-9)
 
 
 @any_ratio
@@ -362,6 +390,46 @@ def test_a_gemm_alone_takes_its_stages(policy):
     stage = memory.Stage(20, 50, 32)
     found = memory.hbm_queue(4, stage, memory.SEQUENTIAL, policy)
     assert_array_equal(found.stage_ends, stage.alone * np.arange(1, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(2, 9),
+    st.builds(memory.Stage, st.integers(0, 60), st.integers(0, 90), st.integers(6, 24), st.integers(1, 6)),
+    st.sampled_from(sorted(SCHEMES)),
+    st.sampled_from(memory.POLICIES),
+    st.floats(0.1, 30),
+    st.integers(0, 8),
+)
+def test_whatever_the_policy_everything_is_served_once(n, stage, scheme, policy, link, threshold):
+    found = memory.hbm_queue(n, stage, SCHEMES[scheme], policy, link=link, threshold=threshold, room=8)
+    assert found.dram == tuple(stage.requests * count for count in t3.dram_traffic(n, scheme))
+    assert (found.served == ticks.GEMM_READ).sum() == n * stage.reads
+
+
+TURNS, FIRST_COME, PRIORITY = (0, 9, 9), (1, 9, 9), (2, 4, 10)  # number of the policy, threshold, starvation
+
+
+@pytest.mark.parametrize(
+    "policy, compute, came, waiting, rested, held, turn, who",
+    [
+        (TURNS, True, 5, 5, 0, 0, True, "communication"),
+        (TURNS, True, 5, 5, 0, 0, False, "compute"),
+        (TURNS, False, 5, 5, 0, 9, False, "communication"),
+        (FIRST_COME, True, 5, 4, 0, 0, False, "communication"),
+        (FIRST_COME, True, 5, 5, 0, 0, True, "compute"),
+        (PRIORITY, True, 19, 15, 0, 0, True, "compute"),
+        (PRIORITY, False, 0, 15, 0, 3, True, "communication"),
+        (PRIORITY, False, 0, 15, 0, 4, True, "nobody"),
+        (PRIORITY, True, 19, 9, 0, 7, False, "communication"),  # it has starved
+        (PRIORITY, True, 19, 9, 15, 7, False, "compute"),  # but another one has just been let in
+        (PRIORITY, True, 19, -1, 0, 0, True, "compute"),
+        (PRIORITY, False, 0, -1, 0, 0, True, "nobody"),
+    ],
+)
+def test_the_controller_decides_by_the_rule(policy, compute, came, waiting, rested, held, turn, who):
+    choice = ticks.enters(policy, 20, compute, came, waiting, rested, held, turn)
+    assert choice == {"compute": 0, "communication": 1, "nobody": -1}[who]
 
 
 ROOM_FOR_BOTH = [  # the memory could serve all, and the link is not what the time depends on
