@@ -307,6 +307,23 @@ def test_without_stagger_the_tracker_needs_less():
     assert max(gpu.tracker.peak for gpu in fused(8, 0.9, tiles=8, stagger=False).gpus) < 7
 
 
+@any_ratio
+def test_the_first_chunk_arrives_when_it_is_made_and_carried(ratio):
+    arrived = min(e.end for e in fused(4, ratio, 2e-6).run.trace if e.kind == "recv")
+    assert arrived == pytest.approx(max(1, ratio) * STAGE + 2e-6, rel=1e-9)
+
+
+def test_a_lane_sends_one_tile_after_the_other():
+    sent = [e for e in fused(4, 2.0, tiles=4).run.trace if e.kind == "send" and e.rank == 0]
+    assert [e.end - e.start for e in sent] == pytest.approx([2 * STAGE / 4] * 12)
+
+
+@pytest.mark.parametrize("policy", memory.POLICIES)
+def test_no_chunk_leaves_the_queue_before_both_updates(policy):
+    found = memory.hbm_queue(8, memory.Stage(16, 30, 32), policy=policy, link=4.0)
+    assert (found.sends[1:, 0] >= np.maximum(found.arrivals[:-1, 1], found.stage_ends[1:-1])).all()
+
+
 @pytest.mark.parametrize("network", [topology.full_mesh, topology.switch])
 def test_a_mesh_or_a_switch_serves_as_a_ring(network):
     ring = machine(4, 1.5)
