@@ -44,7 +44,7 @@ class Context:
         self.maker = np.full((layers, sequences, positions), -1, np.int16)  # "fetch": who has what I lack; -1: I do not
 
     def add(self, j, pairs, sequence, where):
-        """Keys and values (n, 2h) of tokens here in layer j. After this the cache has all that their attention needs."""
+        """Keys and values (n, 2h) of tokens here in layer j. After this the cache has all their attention needs."""
         if self.coming[j] is not None:
             self._put(j, self.coming[j].wait(), self.table[self.table[:, 0] == j, 1], self.position - 1)
             self.coming[j] = None
@@ -60,7 +60,8 @@ class Context:
         rank, layers = self.comm.rank, len(self.caches)
         rows = [np.stack((np.full_like(sequence, layers), sequence, token), axis=1)]
         if self.coherence != "ids":
-            rows += [np.stack((np.full_like(s, j), s, np.full_like(s, rank)), axis=1) for j, (_, s) in enumerate(self.made)]
+            for j, (_, of) in enumerate(self.made):
+                rows.append(np.stack((np.full_like(of, j), of, np.full_like(of, rank)), axis=1))
         table = self.comm.all_gather(np.concatenate(rows).astype(np.int32), algorithm="recursive_doubling")
         new, self.table = table[table[:, 0] == layers], table[table[:, 0] < layers]
         if self.coherence == "kv":

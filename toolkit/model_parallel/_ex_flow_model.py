@@ -48,7 +48,8 @@ def weights(random, shape, dtype="float64"):
         return {"norm_1": gain(), "norm_2": gain(), **square, **experts}
 
     layers = [layer() for _ in range(shape.layers)]
-    return {"embedding": drawn(shape.vocabulary, h), "layers": layers, "norm": gain(), "head": drawn(h, shape.vocabulary)}
+    table, head = drawn(shape.vocabulary, h), drawn(h, shape.vocabulary)
+    return {"embedding": table, "layers": layers, "norm": gain(), "head": head}
 
 
 # ---- attention over a cache ------------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def project(layer, x, where, heads):
 
 @kernel(cost=lambda x, where, heads: Cost(0, 2 * x.nbytes), out=lambda x, where, heads: like(x))
 def turned(x, where, heads):
-    """Rotary positions for rows (n, heads · head_dim): plane l of a head is the pair of channels (l, l + head_dim/2)."""
+    """Rotary positions for rows (n, heads · head_dim): plane l of a head is its channels (l, l + head_dim/2)."""
     half = x.shape[1] // heads // 2
     a, b = np.moveaxis(x.reshape(len(x), heads, 2, half), 2, 0)
     angle = where[:, None, None] * 10_000.0 ** (-np.arange(half) / half)
@@ -126,7 +127,7 @@ def gate(normed, router, forced=None):
 
 def _experts_cost(x, local, up, down):
     """Each expert that has a token is read once."""
-    e, h, f = up.shape
+    _, h, f = up.shape
     return Cost(4 * len(x) * h * f, 2 * x.nbytes + 2 * len(np.unique(local)) * h * f * up.dtype.itemsize, kind="matmul")
 
 

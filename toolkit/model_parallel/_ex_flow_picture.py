@@ -44,11 +44,13 @@ def _ways(counts, placement, place, step, tokens):
     paths = {}
     for j, n in enumerate(counts):
         for a, b in zip(*np.nonzero(n), strict=True):
-            width = number(max(0.3, 1.6 * ROW * n[a, b] / (tokens / len(n)) / 2))
+            width = number(max(0.3, 0.8 * ROW * n[a, b] / (tokens / len(n))))
             stays = placement[j, a] == placement[j + 1, b]
-            x, y, to = (number(v) for v in (LEFT + j * step + BOX, *(TOP + ROW * (p + 0.42) for p in (place[j, a], place[j + 1, b]))))
+            x, y = number(LEFT + j * step + BOX), number(TOP + ROW * (place[j, a] + 0.42))
             look = (COLOURS[placement[j, a]] if stays else INK.grey, width)
-            paths.setdefault(look, []).append(f"M{x} {y}l{number(step - BOX)} {number(to - y)}")
+            paths.setdefault(look, []).append(
+                f"M{x} {y}l{number(step - BOX)} {number(ROW * (place[j + 1, b] - place[j, a]))}"
+            )
     for (colour, width), lines in sorted(paths.items(), key=lambda item: item[0][0] != INK.grey):
         faint = ' stroke-opacity=".35"' if colour == INK.grey else ""
         yield f'<path fill="none" stroke="{colour}" stroke-width="{width}"{faint} d="{"".join(lines)}"/>'
@@ -82,4 +84,5 @@ def _amount(nbytes):
 
 def _words(title, crossed, sent):
     parts = ", ".join(f"{purpose} {_amount(nbytes)}" for purpose, nbytes in sent.items())
-    return f"{title}: {100 * crossed:.0f} % of the steps from layer to layer change the GPU. Bytes in one iteration: {parts}."
+    share = f"{100 * crossed:.0f} % of the steps from layer to layer change the GPU"
+    return f"{title}: {share}. Bytes in one iteration: {parts}."

@@ -5,8 +5,7 @@
 N_j counts tokens that go from expert a of layer j to b of layer j + 1; w is 0 on one GPU, 1 in one node, 2 between
 nodes. The authors solve an integer program with Gurobi. With the layers on both sides fixed, though, a layer is an
 assignment of E experts to E slots, which the Hungarian algorithm solves exactly; `descent` repeats that.
-Experts of a layer may be any E/G of them: nothing here is one expert a slot of its own.
-Source: Yao et al. 2024, arXiv 2401.08383, section IV, and solve_affinity.py of its code. Chapter: model_parallel/ex_flow.
+Source: Yao et al. 2024, arXiv 2401.08383, and solve_affinity.py of its code. Chapter: model_parallel/ex_flow.
 """
 
 from functools import partial
@@ -63,7 +62,7 @@ def affinity(counts, k=1):
 
 
 def information(counts):
-    """Mutual information of consecutive experts, in bits, mean over layers: 0 if the next does not depend on the last."""
+    """Mutual information of consecutive experts, in bits, mean over layers: 0 if the next is independent."""
     joint = counts / counts.sum(axis=(1, 2), keepdims=True)
     apart = joint.sum(axis=2, keepdims=True) * joint.sum(axis=1, keepdims=True)
     return float((joint * np.log2(np.where(joint > 0, joint / np.where(apart > 0, apart, 1), 1))).sum() / len(counts))
@@ -229,7 +228,7 @@ def _bipart(counts, w, _nodes, random):
 
 
 def _anneal(counts, w, _nodes, random, steps=4_000):
-    """Swap two experts of a layer; accept a worse one with probability exp(-Δ / temperature), which falls to nothing."""
+    """Swap two experts of a layer; accept a worse one with probability exp(-Δ / temperature); it cools down."""
     layers, experts = len(counts) + 1, counts.shape[1]
     placement = _chain(counts, contiguous(1, experts, len(w))[0], w)
     hot = counts.sum() / (layers * experts) / 4

@@ -85,9 +85,9 @@ def machine(gpus, floor=WIRE):
 
 
 def iteration(gpus, scheme, coherence="kv", layers=GPT.layers, **setting):
-    """Seconds of one decoding iteration. Layers are alike, so 2 and 8 of them are simulated."""
-    few, more = (simulated(gpus, scheme, coherence, count, **setting) for count in (2, 8))
-    return few + (layers - 2) / 6 * (more - few)
+    """Seconds of one decoding iteration. Layers are alike, so 2 and 6 of them are simulated."""
+    few, more = (simulated(gpus, scheme, coherence, count, **setting) for count in (2, 6))
+    return few + (layers - 2) / 4 * (more - few)
 
 
 @cache

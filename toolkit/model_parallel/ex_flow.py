@@ -73,7 +73,7 @@ def through_coherent(rank, x, sequence):
 
 
 def through_everywhere(rank, x, sequence, where):
-    """ExFlow's prefill: every GPU runs all tokens of all prompts, and its own experts for them. An all-reduce a layer."""
+    """ExFlow's prefill: every GPU runs all prompts, and its own experts for them. An all-reduce a layer."""
     for j in range(rank.layers):
         x = rank.attention(j, x, sequence, where)
         normed, expert, weight = rank.gate(j, x, sequence, where)
