@@ -8,13 +8,58 @@ A rank without logits (padding only) has m' = -inf, s' = 0 and α = 0. Statistic
 Chapter: model_parallel/vocabulary_parallel.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from toolkit.runtime import Cost, kernel, like
+from toolkit.runtime.arrays import is_shape_only
+from toolkit.runtime.errors import ShapeError
 
 from ._vocabulary import _held, _sums_dtype
+
+# ---- the cut ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Rows that rank `rank` of `ranks` has of a table of `size` rows: `rows` on each, the last ones padded."""
+
+    rank: int
+    ranks: int
+    size: int
+
+    @property
+    def rows(self):
+        return -(-self.size // self.ranks)
+
+    @property
+    def first(self):
+        return self.rank * self.rows
+
+    @property
+    def held(self):
+        """Rows that are words; the rest is padding."""
+        return min(max(self.size - self.first, 0), self.rows)
+
+    def of(self, table):
+        """This rank's (rows, h) of a whole table (size, h), zeros in the padding."""
+        if is_shape_only(table):
+            return like((self.rows, table.shape[1]), table.dtype)
+        mine = np.zeros((self.rows, table.shape[1]), table.dtype)
+        mine[: self.held] = table[self.first : self.first + self.held]
+        return mine
+
+
+def check_targets(targets, size):
+    """raises   ShapeError, a ValueError: a target or token that is none of `size` words"""
+    if not is_shape_only(targets) and targets.size and not 0 <= targets.min() <= targets.max() < size:
+        wrong = targets[(targets < 0) | (targets >= size)][0]
+        raise ShapeError(f"token {wrong} is no row of a vocabulary of {size}: give 0 … {size - 1}")
+
+
+# ---- the arithmetic --------------------------------------------------------------------------------------------------
 
 
 class Own(NamedTuple):

@@ -9,10 +9,11 @@ from math import inf
 import numpy as np
 
 from toolkit.show.axis import TimeAxis
-from toolkit.show.ink import INK
+from toolkit.show.ink import INK, readable_on
 from toolkit.show.picture import bar, drawn, label, number
 
-from ._vocabulary_scale import GIB
+from ._schedule import makespan, peaks, times
+from ._vocabulary_scale import GIB, PEAK
 
 WIDTH, LEFT, RIGHT, TALL, STEP = 720, 150, 706, 16, 20  # px
 MEMORY, BAR = 44, 102  # px: the longest memory bar, where it starts
@@ -81,7 +82,7 @@ def longer(step, microbatches):
 def mfu(step, microbatches):
     """MFU of a job with that many microbatches, from a shorter one."""
     flops = step.job.flops / step.job.microbatches * microbatches
-    return flops / (longer(step, microbatches) * step.job.stages * 312e12)
+    return flops / (longer(step, microbatches) * step.job.stages * PEAK)
 
 
 def draw(step, title, until=None, full=None):
@@ -89,20 +90,53 @@ def draw(step, title, until=None, full=None):
 
     until   seconds at the right end; None: its own end       full   bytes of the longest memory bar; None: its own
     """
-    axis, found = TimeAxis(until or step.seconds, LEFT, RIGHT), spans(step)
-    bottom = 42 + STEP * step.job.stages
-    body = [*_legend(), label(BAR, 34, "peak GiB", "m"), *axis.lines(38, bottom)]
-    for rank, nbytes in enumerate(step.peak):
+    found, sizes = spans(step), [nbytes / GIB for nbytes in step.peak]
+    bars = [size / (full / GIB if full else max(sizes)) for size in sizes]
+    said = [f"{size:.1f}" for size in sizes]
+    body, height = _rows(found, bars, said, "peak GiB", until or step.seconds, step.seconds)
+    return drawn(WIDTH, height, body, title, _words(step, found, title))
+
+
+def draw_rounds(schedule, seconds, until, full):
+    """Picture of a schedule by `_schedule.times`; F and B have the number of their microbatch.
+
+    full   microbatches that the longest bar stands for
+    """
+    ranks, kept = range(len(schedule.passes)), peaks(schedule)
+    found = {(rank, kind): [] for rank in ranks for kind in COLOURS}
+    passes = times(schedule, seconds)
+    for (rank, step), span in passes.items():
+        found[rank, step.kind if step.kind in "FB" else "V"].append(span)
+    end = makespan(schedule, seconds)
+    body, height = _rows(found, [n / full for n in kept], [str(n) for n in kept], "kept", until, end)
+    axis = TimeAxis(until, LEFT, RIGHT)
+    body += [
+        f'<text class="n" style="font-size:10px;fill:{readable_on(COLOURS[step.kind])}" '
+        f'x="{number(axis.x((start + stop) / 2))}" y="{54 + STEP * rank}">{step.microbatch}</text>'
+        for (rank, step), (start, stop) in passes.items()
+        if step.kind in "FB"
+    ]
+    idle = end - sum(b - a for kind in COLOURS for a, b in found[0, kind])
+    words = (
+        f"{schedule.name}: {end:.4g} s, of which rank 0 idles {idle:.4g} s. Microbatches that each rank keeps: {kept}."
+    )
+    return drawn(WIDTH, height, body, schedule.name, words)
+
+
+def _rows(found, bars, said, heading, until, end):
+    """(SVG elements, height): passes of each rank, a bar for what it keeps, the end of the step."""
+    axis, bottom = TimeAxis(until, LEFT, RIGHT), 42 + STEP * len(bars)
+    body = [*_legend(), label(BAR, 34, heading, "m"), *axis.lines(38, bottom)]
+    for rank, (share, text) in enumerate(zip(bars, said, strict=True)):
         y = 42 + STEP * rank
-        width = MEMORY * nbytes / (full or max(step.peak))
-        body += [label(4, y + 12, f"rank {rank}", "m"), label(BAR - 6, y + 12, f"{nbytes / GIB:.1f}", "m e")]
-        body.append(f'<path fill="{INK.grey}" fill-opacity=".5" d="{bar(BAR, y + 2, width, TALL - 4)}"/>')
+        body += [label(4, y + 12, f"rank {rank}", "m"), label(BAR - 6, y + 12, text, "m e")]
+        body.append(f'<path fill="{INK.grey}" fill-opacity=".5" d="{bar(BAR, y + 2, MEMORY * share, TALL - 4)}"/>')
         for kind, colour in COLOURS.items():
-            shapes = "".join(_line(axis, y, start, end) for start, end in found[rank, kind])
+            shapes = "".join(_line(axis, y, start, stop) for start, stop in found[rank, kind])
             body.append(f'<path stroke="{colour}" stroke-width="{TALL}" d="{shapes}"/>' if shapes else "")
-    end = number(axis.x(step.seconds))
-    body.append(f'<path class="k" stroke-dasharray="4 2" d="M{end} 38V{bottom}"/>')
-    return drawn(WIDTH, bottom + 32, body, title, _words(step, found, title))
+    x = number(axis.x(end))
+    body.append(f'<path class="k" stroke-dasharray="4 2" d="M{x} 38V{bottom}"/>')
+    return body, bottom + 32
 
 
 def _line(axis, y, start, end):

@@ -15,13 +15,11 @@ scale. Layers are the project's; the head is a norm and a product without bias.
 Source: Yeung, Qi, Lin and Wan 2024, arXiv 2411.05288, sections 3 to 5. Chapter: model_parallel/vocabulary_parallel.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from toolkit.kernels.elementwise import accumulate
 from toolkit.kernels.layers import add, cast, linear, linear_grad_w, linear_grad_x, rms_norm, rms_norm_backward
-from toolkit.runtime.arrays import is_shape_only, like
+from toolkit.runtime.arrays import is_shape_only
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel._block import one_device
 
@@ -29,41 +27,16 @@ from . import _layers, _model, _pipeline
 from ._mesh import Grid
 from ._vocabulary import embed_rows, embed_rows_backward, entropy, entropy_backward, loss_of
 from ._vocabulary_lanes import Here, Lane, all_reduce, beside, from_root, to_root
-from ._vocabulary_passes import aligned, alpha, input_gradient, logits_gradient, own_softmax
+from ._vocabulary_passes import (
+    VocabShard,
+    aligned,
+    alpha,
+    check_targets,
+    input_gradient,
+    logits_gradient,
+    own_softmax,
+)
 from ._vocabulary_schedule import SPLIT, build_schedule, output_in_layers, redistribute_layers
-
-# ---- the cut ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class VocabShard:
-    """Rows that rank `rank` of `ranks` has of a table of `size` rows: `rows` on each, the last ones padded."""
-
-    rank: int
-    ranks: int
-    size: int
-
-    @property
-    def rows(self):
-        return -(-self.size // self.ranks)
-
-    @property
-    def first(self):
-        return self.rank * self.rows
-
-    @property
-    def held(self):
-        """Rows that are words; the rest is padding."""
-        return min(max(self.size - self.first, 0), self.rows)
-
-    def of(self, table):
-        """This rank's (rows, h) of a whole table (size, h), zeros in the padding."""
-        if is_shape_only(table):
-            return like((self.rows, table.shape[1]), table.dtype)
-        mine = np.zeros((self.rows, table.shape[1]), table.dtype)
-        mine[: self.held] = table[self.first : self.first + self.held]
-        return mine
-
 
 # ---- what ranks say to each other ------------------------------------------------------------------------------------
 
@@ -158,12 +131,8 @@ def output_layer(comm, method, shard, table, x, targets, scale):
     if comm.rank == layer.last:
         layer.announce(0, x)
     layer.S(0)
-    dx = None
-    if layer.one_barrier and comm.rank == layer.last:
-        dx = layer.gradient(0)
     layer.T(0)
-    if dx is None and comm.rank == layer.last:
-        dx = layer.gradient(0)
+    dx = layer.gradient(0) if comm.rank == layer.last else None
     return layer.losses[0], dx, layer.grad
 
 
@@ -177,13 +146,6 @@ def _three_barriers(comm, shard, table, x, targets, scale):
     d_logits = entropy_backward(comm, logits, saved, targets, np.full(len(targets), scale, losses.dtype))
     dx = comm.reduce(linear_grad_x(table.T, d_logits), comm.size - 1)
     return losses, dx, linear_grad_w(d_logits, x)
-
-
-def check_targets(targets, size):
-    """raises   ShapeError, a ValueError: a target or token that is none of `size` words"""
-    if not is_shape_only(targets) and targets.size and not 0 <= targets.min() <= targets.max() < size:
-        wrong = targets[(targets < 0) | (targets >= size)][0]
-        raise ShapeError(f"token {wrong} is no row of a vocabulary of {size}: give 0 … {size - 1}")
 
 
 # ---- the input layer, in passes --------------------------------------------------------------------------------------
@@ -294,12 +256,14 @@ def loss_and_gradients(plan, method, shard, chunk, tokens, targets, total):
         return None, [*saved, y]
 
     def backward(_, k, saved, grad):
-        found = {}
+        norm = {}
         if is_last:
-            grad, found["norm"] = rms_norm_backward(saved.pop(), chunk["norm"], outputs.gradient(k))
+            grad, norm["norm"] = rms_norm_backward(saved.pop(), chunk["norm"], outputs.gradient(k))
         dx, share = _model.backward(plan.setting, layers, saved, grad, None, None, False, plan.layer)
-        found |= share
-        grads.update(_model.add_up(grads, found) if grads else found)
+        if grads:
+            _model.add_up(grads, share | norm)
+        else:
+            grads.update(share | norm)
         if is_first:
             inputs.announce(k, dx)
         return dx
