@@ -1,8 +1,7 @@
 """Vocabulary parallelism's claims: the artifact's runs on 8 A100, shape-only, and its measured stages in our schedule.
 
 MFU and memory are those of artifact/example-results/full-exp.txt; its GB are 2^30 bytes (the tables' share says so).
-The file of a second run, quick-exp.txt, agrees but for interlaced: 42.5 % there, 58.0 % here. A third value, 53.9 %,
-stands in an older version of that file.
+The file of a second run, quick-exp.txt, agrees but for interlaced: 42.5 % there, 58.0 % here.
 Chapter: model_parallel/vocabulary_parallel.
 """
 
