@@ -93,22 +93,22 @@ def iteration(gpus, scheme, coherence="kv", layers=GPT.layers, **setting):
 @cache
 def simulated(gpus, scheme, coherence, layers, placed=True, strength=0.75, floor=WIRE, way="direct",
               experts=GPT.experts, batch=BATCH):  # fmt: skip
-    """Seconds of the second of two iterations, shape-only.
+    """Seconds of an iteration, shape-only: the second one if tokens stay, because the first starts with all at home.
 
     placed     experts by affinity, profiled on 5 000 other tokens of the same router; False: contiguous
     batch      sequences a GPU
     """
     shape = replace(GPT, layers=layers, experts=experts)
-    tokens, random = batch * gpus, np.random.default_rng(24)
+    tokens, iterations, random = batch * gpus, 1 if scheme == "home" else 2, np.random.default_rng(24)
     routes = markov(random, tokens * 2 + 5_000, layers, experts, strength)
     placement = contiguous(layers, experts, gpus)
     if placed:
         counts = transition_counts(routes[tokens * 2 :], experts)
         placement = solve_placement(counts, gpus, max(1, gpus // 4), "nodes first" if gpus > 4 else "hungarian")
     given = np.zeros((tokens, CONTEXT + 2, layers), int)
-    given[:, CONTEXT:] = routes[: tokens * 2].reshape(tokens, 2, layers)
+    given[:, CONTEXT : CONTEXT + iterations] = routes[: tokens * 2].reshape(tokens, 2, layers)[:, -iterations:]
     cluster = Cluster(machine(gpus, floor), hardware.A100)
-    found = ex_flow.decode(cluster, weights(None, shape, "float16"), like((tokens, CONTEXT), "int32"), 2, placement,
-                           heads=shape.heads, scheme=scheme, coherence=coherence, routes=given, way=way,
-                           prefill=False)  # fmt: skip
-    return float(found.seconds[1])
+    model, prompts = weights(None, shape, "float16"), like((tokens, CONTEXT), "int32")
+    found = ex_flow.decode(cluster, model, prompts, iterations, placement, heads=shape.heads, scheme=scheme,
+                           coherence=coherence, routes=given, way=way, prefill=False)  # fmt: skip
+    return float(found.seconds[-1])
