@@ -1,5 +1,7 @@
 """The built book, as files. How its pages behave in a browser is tested in tests/browser."""
 
+import re
+
 import pytest
 import yaml
 
@@ -23,6 +25,15 @@ def test_no_page_shows_nbgraders_marks(html):
 
 def test_no_page_has_a_place_that_was_not_filled(html):
     assert not [page.name for page in html.rglob("*.html") if "generated: " in page.read_text(encoding="utf-8")]
+
+
+def test_no_page_shows_a_formula_as_it_was_typed(html):
+    """MathJax renders what stands in the sources; a sentence that a cell prints must do without."""
+    elsewhere = re.compile(r"<(script|pre|code)\b.*?</\1>|<(span|div) class=\"[^\"]*math.*?</\2>|<[^>]+>", re.DOTALL)
+    raw = re.compile(r"\$[^$\n]{1,60}\$")
+    pages = html.glob("*/**/*.html")
+    found = {page.name: raw.findall(elsewhere.sub("", page.read_text(encoding="utf-8"))) for page in pages}
+    assert not {name: formulas for name, formulas in found.items() if formulas}
 
 
 def test_solutions_are_folded(html, root):
