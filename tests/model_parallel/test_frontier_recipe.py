@@ -1,4 +1,4 @@
-"""Frontier's recipe: memory to the byte, the pipeline's law, runs beside formulas, a search that learns from failures."""
+"""Frontier's recipe: memory to the byte, the pipeline's law, runs beside formulas, a search that learns of failures."""
 
 from dataclasses import replace
 from math import isnan, nan
@@ -341,6 +341,12 @@ def test_one_knob_at_a_time_ends_where_no_single_knob_helps():
         lambda a, b: (nan if a == b == 0 else -((a - 3) ** 2) - (b - 1) ** 2, 1.0), space, {"a": 0, "b": 4}
     )
     assert found.best == {"a": 3, "b": 1}
+
+
+def test_the_rule_of_thumb_takes_a_node_of_tensor_ranks_and_the_fewest_stages_that_fit():
+    found = recipe.rule_of_thumb(LARGE, 16, b=4, m=10)
+    assert (found.config.t, found.config.p, found.failure) == (8, 8, None)
+    assert recipe.evaluate(replace(found.config, p=4), LARGE).failure
 
 
 def test_shapley_values_sum_to_what_the_prediction_differs_from_the_mean(twenty):

@@ -8,13 +8,13 @@ from toolkit.show.picture import bar, drawn, label
 
 from ._recipe_memory import CAPACITY, RESERVE
 
-WIDTH, LEFT, RIGHT = 640, 70, 630  # px
+WIDTH, HEIGHT, LEFT, RIGHT = 640, 160, 70, 630  # px
 TIMES = {
     "compute": (INK.blue, "compute"),
     "tensor": (INK.orange, "tensor sums"),
     "messages": (INK.sky, "messages"),
     "bubble": (INK.grey, "bubble"),
-    "data": (INK.purple, "replicas' sums, Adam"),
+    "data": (INK.purple, "replicas, Adam"),
 }
 BYTES = {
     "states": (INK.green, "states"),
@@ -31,8 +31,8 @@ def draw(config, found, longest, most):
     if isinstance(found, Exception):
         why = str(found)
         words = f"t = {config.t}, p = {config.p}, b = {config.b}: cannot run. {why}."
-        return drawn(WIDTH, 168, [label(4, 24, "cannot run", "b"), *_lines(why, 46)], "step and memory", words)
-    body = [label(4, 24, "step", "b"), label(4, 104, "memory", "b")]
+        return drawn(WIDTH, HEIGHT, [label(4, 24, "cannot run", "b"), *_lines(why, 46)], "step and memory", words)
+    body = [label(4, 24, "step", "b"), label(4, 116, "memory", "b")]
     if found.failure:
         body += [f'<path fill="{INK.grey}" opacity=".35" d="{bar(LEFT, 10, RIGHT - LEFT, 22)}"/>']
         body += [label(LEFT + 8, 25, "does not fit", "b"), *_lines(found.failure, 50)]
@@ -40,21 +40,23 @@ def draw(config, found, longest, most):
     else:
         times = {name: getattr(found, name) for name in TIMES}
         times["data"] += found.optimiser
-        body += _stacked(times, TIMES, longest, 10, lambda seconds: f"{seconds:.1f} s")
+        body += _stacked(
+            times, TIMES, longest, 10, lambda seconds: f"{seconds:.0f} s" if seconds > 9.95 else f"{seconds:.1f} s"
+        )
         rate = f"{found.rate / 1e12:.1f} TFLOP/s a GCD, {found.tokens_per_second / 1e3:.1f} k tokens/s"
-        body.append(label(LEFT, 78, f"{found.seconds:.1f} s, {rate}", "b"))
+        body.append(label(LEFT, 74, f"{found.seconds:.1f} s: {rate}", "b"))
         said = f"a step takes {found.seconds:.1f} s, " + ", ".join(
             f"{TIMES[name][1]} {seconds:.1f} s" for name, seconds in times.items()
         )
         said += f"; {rate}"
     held = {name: getattr(found.memory, name) for name in BYTES}
-    body += _stacked(held, BYTES, most, 90, lambda nbytes: f"{nbytes / 1e9:.0f} GB")
+    body += _stacked(held, BYTES, most, 102, lambda nbytes: f"{nbytes / 1e9:.1f} GB")
     at = LEFT + (RIGHT - LEFT) * (CAPACITY - RESERVE) / most
-    body.append(f'<path class="k" d="M{at:.1f} 84v34"/>')
-    body.append(label(at, 82, "62 GB to use", "m e"))
+    body.append(f'<path class="k" d="M{at:.1f} 96v34"/>')
+    body.append(label(at + 4, 98, f"{(CAPACITY - RESERVE) / 1e9:.0f} GB to use", "m"))
     words = f"t = {config.t}, p = {config.p}, d = {config.d}, b = {config.b}, m = {config.m}: {said}. "
     words += ", ".join(f"{BYTES[name][1]} {nbytes / 1e9:.1f} GB" for name, nbytes in held.items())
-    return drawn(WIDTH, 168, body, "step and memory", words + " of 62 GB.")
+    return drawn(WIDTH, HEIGHT, body, "step and memory", words + " of 62 GB to use.")
 
 
 def _stacked(parts, looks, longest, y, said):
@@ -70,7 +72,7 @@ def _stacked(parts, looks, longest, y, said):
         text = f"{words} {said(value)}"
         yield f'<path fill="{colour}" d="{bar(at, y + 32, 10, 10)}"/>'
         yield label(at + 14, y + 41, text, "m")
-        at += 24 + 5.9 * len(text)
+        at += 22 + 6.2 * len(text)
 
 
 def _lines(text, y, columns=84):

@@ -53,8 +53,8 @@ from ._recipe_search import search
 from ._recipe_shapley import shapley
 from ._schedule import one_f_one_b
 
-__all__ = ["MODELS", "RECIPES", "Config", "Model", "evaluate", "memory_per_gcd", "one_knob", "search", "shapley",
-           "simulated", "strong_scaling", "weak_scaling", "with_batch"]  # fmt: skip
+__all__ = ["MODELS", "RECIPES", "Config", "Model", "evaluate", "memory_per_gcd", "one_knob", "rule_of_thumb", "search",
+           "shapley", "simulated", "strong_scaling", "weak_scaling", "with_batch"]  # fmt: skip
 
 MODELS = {
     "22b": Model(48, 6144, 48, 22e9),
@@ -206,11 +206,10 @@ def with_batch(base, batch, **knobs):
     raises  ShapeError  they cannot be shared out
     """
     config = replace(base, **knobs)
-    if config.d < 1 or batch % (config.d * config.b):
-        raise ShapeError(
-            f"t·p = {config.t}·{config.p} on {config.gcds} GCDs leaves {config.d} replicas, which cannot share "
-            f"{batch} sequences in microbatches of {config.b}"
-        )
+    if config.d < 1:
+        raise ShapeError(f"t·p = {config.t}·{config.p} needs more than the {config.gcds} GCDs there are")
+    if batch % (config.d * config.b):
+        raise ShapeError(f"{config.d} replicas cannot share {batch} sequences in microbatches of {config.b}")
     return replace(config, m=batch // (config.d * config.b))
 
 
@@ -247,7 +246,19 @@ def bubble_bound(p, microbatches, k):
     return (microbatches + p - 1) / (k * (microbatches / k + p - 1))
 
 
-# ---- what a search needs ---------------------------------------------------------------------------------------------
+# ---- a rival without a search, and what a search needs ---------------------------------------------------------------
+
+
+def rule_of_thumb(model, nodes, b, m, **options):
+    """Megatron's: as many tensor ranks as a node has GCDs, the fewest stages that fit, replicas of the rest.
+
+    returns  Step; its failure is that of the longest pipeline if none fits
+    """
+    for p in (p for p in range(1, nodes + 1) if nodes % p == 0 and model.layers % p == 0):
+        step = evaluate(Config(8, p, b, m, 1, nodes), model, **options)
+        if not step.failure:
+            break
+    return step
 
 
 START_UP = 120.0  # seconds
@@ -256,7 +267,7 @@ START_UP = 120.0  # seconds
 def objective(model, **options):
     """A function knobs -> (hardware operations a second and GCD, seconds until that is known); nan for a failure.
 
-    A trial starts up in two minutes, an assumption, then fails or runs three steps.
+    A trial starts up in two minutes, an assumption, then fails or runs a step.
     """
 
     def tried(**knobs):
@@ -264,6 +275,6 @@ def objective(model, **options):
             step = evaluate(Config(**knobs), model, **options)
         except ShapeError:
             return nan, START_UP
-        return (nan, START_UP) if step.failure else (step.rate, START_UP + 3 * step.seconds)
+        return (nan, START_UP) if step.failure else (step.rate, START_UP + step.seconds)
 
     return tried
