@@ -259,6 +259,7 @@ def test_a_forest_refuses_values_that_do_not_match():
 
 SPACE = hunt.Space(**recipe.SPACE)
 TRIED = {}
+FRESH = range(1000, 1020)  # the search was settled on seeds 0 to 19
 
 
 def objective(**knobs):
@@ -276,7 +277,7 @@ def truth():
 
 @pytest.fixture(scope="module")
 def twenty(truth):
-    return [hunt.search(objective, SPACE, 100, seed=seed) for seed in range(20)]
+    return [hunt.search(objective, SPACE, 100, seed=seed) for seed in FRESH]
 
 
 def test_the_space_has_3264_points():
@@ -293,7 +294,7 @@ def test_the_best_so_far_never_falls(twenty):
 
 def test_after_60_trials_the_search_regrets_less_than_chance(twenty, truth):
     most = np.nanmax(truth.values)
-    chance = [hunt.at_random(objective, SPACE, 60, seed).regret(most) for seed in range(20)]
+    chance = [hunt.at_random(objective, SPACE, 60, seed).regret(most) for seed in FRESH]
     assert np.median([trials.regret(most, 60) for trials in twenty]) < np.median(chance)
 
 
@@ -303,7 +304,7 @@ def test_failures_repel(twenty):
 
 
 def test_dropped_failures_repel_less(twenty):
-    dropped = [hunt.search(objective, SPACE, 100, seed=seed, impute=hunt.dropped) for seed in range(5)]
+    dropped = [hunt.search(objective, SPACE, 100, seed=seed, impute=hunt.dropped) for seed in FRESH[:5]]
     assert np.mean([t.failed(slice(-30, None)) for t in dropped]) > np.mean(
         [t.failed(slice(-30, None)) for t in twenty[:5]]
     )

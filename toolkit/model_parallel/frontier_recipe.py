@@ -10,8 +10,9 @@ Rates count *hardware* operations, with the recomputed forward pass, as the code
 `model_rate` leaves recomputation out. Which one the paper's percentages are, it does not say.
 
 The curve of products has two constants and there is one published point. So c is set by geometry, half a wave of tiles
-at the width of the 22B model, and η_max is fitted: the 22B recipe attains 38.38 % of 191.5 TFLOP/s. Both are then
-frozen, and 175B and 1T are predictions. `fitted(c)` tells how much they depend on c.
+at the width of the 22B model, and η_max is fitted: the 22B recipe attains 38.38 % of 191.5 TFLOP/s. Neither is
+fitted to 175B and 1T, but c was settled after their efficiencies had been seen for a range of constants: an earlier
+choice, η_max = 0.7 and c fitted, gave 42.7 % and 45.6 %. So they are no blind predictions. `fitted(c)` has the range.
 Source: Dash et al. 2023, arXiv 2312.12705. Where its tables were not at hand (shapes of models, recipes, the space of
 the search) they are those of the specification, and the 22B recipe is ours: one node, t = 2, p = 4.
 Chapter: model_parallel/frontier_recipe.
