@@ -7,9 +7,13 @@
 import pickle
 import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+sys.path.append(str(Path(__file__).parents[1]))  # where `runtime` is, when this file runs as a script
+
+from runtime import book_programs
 from toolkit.runtime import Cluster, hardware, shard, topology, wait_all, wait_any
 from toolkit.runtime.algorithms import CHOICES
 from toolkit.sequence_parallel import ring_attention, token_ring
@@ -137,7 +141,7 @@ def programs(size):
     for name, algorithms in CHOICES.items():
         for algorithm in (None, *(a for a in algorithms if a != "hierarchical")):
             found[f"{name}, {algorithm}"] = collective, x, {"name": name, "algorithm": algorithm}
-    return found
+    return found | book_programs.programs(size)
 
 
 def flat(value):
@@ -153,7 +157,8 @@ def virtual(name, size):
     return Cluster(topology.full_mesh(size, hardware.NVLINK4)).run(program, *args, **options).outputs
 
 
-NUMPY_ONLY = ("anyone", "striped")  # what torch tensors do not do: recv(ANY), float64
+# What torch tensors do not do: recv(ANY), float64.
+NUMPY_ONLY = ("anyone", "ring, striped", *book_programs.programs(1))
 
 
 def main(backend, file):
@@ -169,7 +174,7 @@ def main(backend, file):
         SHORT = "float16" if cluster.cuda else SHORT
     outputs = {}
     for name, (program, args, options) in programs(cluster.size).items():
-        if backend == "gpu" and any(word in name for word in NUMPY_ONLY):
+        if backend == "gpu" and name in NUMPY_ONLY:
             continue
         run = cluster.run(program, *args, **options)
         if run:

@@ -19,7 +19,9 @@ if MPIEXEC is None:
     pytest.skip("no mpiexec here: pip install '.[mpi]'", allow_module_level=True)
 
 ENVIRONMENT = {**os.environ, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-REORDERED = ("all_reduce, None", "reduce, None", "reduce_scatter, None", "anyone")  # MPI's own order, order of arrival
+# Sums in MPI's own order, or in that of arrival; sums of ranks in systems that leave them to the engine.
+REORDERED = ("all_reduce, None", "reduce, None", "reduce_scatter, None", "anyone", "Megatron-LM", "ladder residual",
+             "GNNPipe", "FSMoE", "three-level partitioning", "vocabulary", "ZeRO")  # fmt: skip
 
 
 def mpiexec(ranks, *command, timeout=300):
@@ -46,7 +48,7 @@ def test_processes_give_the_bits_of_the_virtual_machine(real, name):
     ranks, outputs = real
     ours, theirs = real_programs.flat(real_programs.virtual(name, ranks)), real_programs.flat(outputs[name])
     assert [np.shape(a) for a in ours] == [np.shape(a) for a in theirs]
-    tolerance = 1e-12 if name in REORDERED else 0
+    tolerance = 1e-12 if name.startswith(REORDERED) else 0
     for mine, other in zip(ours, theirs, strict=True):
         if mine is None:
             assert other is None
