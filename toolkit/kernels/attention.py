@@ -178,7 +178,7 @@ def merge(acc, part):
         raise ValueError("merge: acc is read-only (is a message still sending it?): wait, or merge into a copy")
     tiles = _tiles()
     plain = [np.ascontiguousarray(a, out.dtype) for a in (out, lse, part_out, part_lse)]
-    share(threads_for(100 * out.size), out.shape[0], tiles.compiled(tiles.merge, out.dtype), *plain)
+    share(threads_for(10 * out.size), out.shape[0], tiles.compiled(tiles.merge, out.dtype), *plain)
     for array, merged in zip(acc, plain, strict=False):
         if array is not merged:
             array[...] = merged
