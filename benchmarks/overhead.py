@@ -38,7 +38,7 @@ def main():
     rng = np.random.default_rng(0)
     cluster = Cluster(topology.full_mesh(RANKS, hardware.NVLINK4), device=hardware.H100)
     print("tokens   one kernel   ring   token ring   (ratios to one kernel: median of paired runs)")
-    for tokens in (2048, 4096, 8192):
+    for tokens in (2048, 4096, 8192, 16384):
         arrays = [rng.standard_normal((8, tokens, 64)).astype(np.float32) for _ in range(3)]
         alone, ring, token = race(cluster, arrays)
         print(f"{tokens:6}   {alone * 1e3:7.1f} ms   {ring:.3f}   {token:.3f}")
