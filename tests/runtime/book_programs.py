@@ -1,4 +1,4 @@
-"""A program of each system that ranks run, on 1 to 4 of them: for `real_programs`."""
+"""Programs of nine more systems, for `real_programs`: each runs on 1 to 4 ranks."""
 
 from functools import partial
 
