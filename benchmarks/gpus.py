@@ -25,12 +25,12 @@ import torch.distributed as dist
 
 from toolkit.kernels.gpu import attention, attention_backward
 from toolkit.runtime import gpu, shard
-from toolkit.sequence_parallel._real_machines import ALGORITHMS, TRAINED, program, shapes
+from toolkit.sequence_parallel import _real_machines as book
+from toolkit.sequence_parallel._real_machines import program, shapes
 
 KB, MB = 2**10, 2**20
 HEAD_DIM, TOKENS = 128, [4096, 8192, 16384, 32768, 65536]
 PARTS = ["errors", "micro", "algorithms", "overlap", "all_reduce"]
-ALL_REDUCE = [KB * 4**k for k in range(10)]  # 1 KB … 256 MB, as ASTRA-sim validates against NCCL's ring
 
 
 def timed(call, repetitions=12, warm=3):
@@ -128,11 +128,6 @@ def flash(heads, n, causal, backward=False):
     return {"heads": heads, "n": n, "d": HEAD_DIM, "causal": causal, **timed(call)}
 
 
-def row(name, tokens, kv_heads, backward=False, heads=32):
-    return {"algorithm": name, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM,
-            "backward": backward}  # fmt: skip
-
-
 def inputs(row, layout):
     """Shards of random float16; 4 096 tokens over and over, since drawing a million takes minutes."""
     rng, some, found = np.random.default_rng(0), min(row["tokens"], 4096), []
@@ -164,10 +159,10 @@ def algorithm(cluster, row, repetitions=9, warm=3):
 def errors(cluster, tokens):
     """Largest difference to one GPU in float32, by algorithm, for inputs in float16: of the result, of gradients."""
     found = {}
-    for name, backward in everything():
+    for name, backward in book.TASKS:
         if name == "LASP-2":  # not softmax
             continue
-        asked = row(name, tokens, 8, backward, heads=8)
+        asked = book.row(name, tokens, 8, backward, heads=8)
         call, options, layout = program(asked)
         shards = inputs(asked, layout)
         run = cluster.run(call, *shards, **options)
@@ -189,16 +184,11 @@ def dense(arrays, options):
     return [out.detach()] if len(arrays) == 3 else torch.autograd.grad(out, (q, k, v), arrays[3])
 
 
-def everything():
-    """(name, with backward or not)"""
-    return [(name, False) for name in ALGORITHMS] + [(name, True) for name in TRAINED]
-
-
 def overlap(cluster, name, tokens):
     """From the profiler: seconds of NCCL's kernels, and how many of them pass while another kernel runs."""
     from torch.profiler import ProfilerActivity, profile
 
-    asked = row(name, tokens, 32)
+    asked = book.row(name, tokens, 32)
     call, options, layout = program(asked)
     once = cluster.prepare(call, inputs(asked, layout), options)
     for _ in range(3):
@@ -247,20 +237,11 @@ def measure(cluster, part, tokens):
     if part == "micro":
         return micro(cluster)
     if part == "algorithms":
-        return [algorithm(cluster, asked) for asked in asked_rows(tokens)]
+        return [algorithm(cluster, asked) for asked in book.rows(tokens)]
     if part == "overlap":
         shown = ("ring", "zigzag ring", "TokenRing", "Ulysses", "LASP-2")
         return [overlap(cluster, name, tokens[-1]) for name in shown]
-    return rows("bytes_per_rank_input", ALL_REDUCE, all_reduce)
-
-
-def asked_rows(tokens):
-    """What is timed: all lengths, 32 and 8 key heads; LASP-2 has as many as queries."""
-    return [
-        row(name, n, kv_heads, backward)
-        for n in tokens for kv_heads in (32, 8) for name, backward in everything()
-        if kv_heads == 32 or name != "LASP-2"
-    ]  # fmt: skip
+    return rows("bytes_per_rank_input", book.ALL_REDUCE, all_reduce)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The algorithms that are timed on real GPUs (`benchmarks/gpus.py`), and what the virtual machine predicts for them.
 
 A row says what was timed: {"algorithm", "tokens", "heads", "kv_heads", "head_dim", "backward"}; a measured one adds
-"median", "kernels" and "exposed" seconds. Inputs are float16. Chapter: sequence_parallel/on_real_machines.
+"median", "kernels" and "exposed" seconds. Inputs are float16.
 """
 
 from dataclasses import replace
@@ -26,6 +26,24 @@ ALGORITHMS = {  # name -> (system, forward program, options)
     "LASP-2": (lasp2, lasp2.attention, {"causal": True}),
 }
 TRAINED = ("ring", "zigzag ring", "TokenRing", "TokenRing zigzag")  # timed forward with backward too
+TASKS = [(name, False) for name in ALGORITHMS] + [(name, True) for name in TRAINED]  # (name, with backward)
+ALL_REDUCE = [1024 * 4**k for k in range(10)]  # bytes: 1 KB … 256 MB, as ASTRA-sim validates against NCCL's ring
+
+
+def row(name, tokens, kv_heads, backward=False, heads=32):
+    return {
+        "algorithm": name, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": 128,
+        "backward": backward,
+    }  # fmt: skip
+
+
+def rows(lengths):
+    """What is timed: all lengths, 32 and 8 key heads; LASP-2 has as many as queries."""
+    return [
+        row(name, tokens, kv_heads, backward)
+        for tokens in lengths for kv_heads in (32, 8) for name, backward in TASKS
+        if kv_heads == 32 or name != "LASP-2"
+    ]  # fmt: skip
 
 
 def program(row):
