@@ -11,6 +11,7 @@ import numpy as np
 from toolkit.runtime.arrays import is_shape_only, like
 
 from ._experts import experts_each
+from ._in_turn import exchange
 
 
 def dispatch(ep, buffer):
@@ -57,14 +58,3 @@ def joined(parts, axis):
     shape = list(parts[0].shape)
     shape[axis] = sum(part.shape[axis] for part in parts)
     return like(tuple(shape), parts[0].dtype)
-
-
-def exchange(comm, parts, name):
-    """Part j goes to rank j, all at once; returns what came from each, one's own included."""
-    others = [(comm.rank + hop) % comm.size for hop in range(1, comm.size)]
-    incoming = {j: comm.irecv(j, tag=name) for j in others}
-    outgoing = [comm.isend(parts[j], j, tag=name) for j in others]
-    received = [parts[j] if j == comm.rank else incoming[j].wait() for j in range(comm.size)]
-    for sent in outgoing:
-        sent.wait()
-    return received

@@ -16,8 +16,6 @@ Chapter: model_parallel/megatron.
 from dataclasses import dataclass, replace
 from functools import cache
 
-from scipy.optimize import brentq
-
 from toolkit.runtime import hardware, like
 
 from . import _zero_bubble as zero_bubble
@@ -225,6 +223,8 @@ def shape(job):
 @cache
 def fitted(job, rate):
     """The share of the peak that products must attain for `job` to reach `rate` operations/s and GPU."""
+    from scipy.optimize import brentq  # 0.3 s that the command line need not wait for
+
     return brentq(lambda share: best(job, share).rate - rate, 0.2, 1.0, xtol=1e-3)
 
 

@@ -14,6 +14,8 @@ import numpy as np
 
 from toolkit.runtime.arrays import is_shape_only, like
 
+from ._in_turn import Queue, exchange
+
 
 class Lane:
     """One kind of exchange: a communicator and a stream of its own. Its name is its messages' in the trace.
@@ -22,21 +24,15 @@ class Lane:
     """
 
     def __init__(self, comm, stops=False):
-        self.comm, self.stops, self.last = comm.split(0, comm.rank), stops, None
+        self.comm, self.stops = comm.split(0, comm.rank), stops
+        self.queue = Queue(self.comm)
 
     def start(self, exchange, *args):
         """Begin `exchange(comm, *args)` when those before are done. Returns a Request."""
-        before = self.last
-
-        def in_turn():
-            if before is not None:
-                before.wait()
-            return exchange(self.comm, *args)
-
-        self.last = self.comm.spawn(in_turn, name=exchange.__name__)
+        request = self.queue.start(exchange, self.comm, *args)
         if self.stops:
-            self.last.wait()
-        return self.last
+            request.wait()
+        return request
 
 
 @dataclass(frozen=True)
@@ -75,26 +71,15 @@ def to_root(comm, x, root):
 
 def all_reduce(comm, x, op=np.add):
     """`op` over all ranks' `x`: the same bits everywhere. Sends 2 (p - 1) / p of x.nbytes from every rank."""
-    return _joined(_exchange(comm, [_fold(comm, x, op)] * comm.size), x)
+    return _joined(exchange(comm, [_fold(comm, x, op)] * comm.size, "part"), x)
 
 
 def _fold(comm, x, op):
     """Slice `rank` of what `op` makes of all ranks' x."""
     flat = x.reshape(-1)
     cuts = [len(flat) * r // comm.size for r in range(comm.size + 1)]
-    parts = _exchange(comm, [flat[a:b] for a, b in pairwise(cuts)])
+    parts = exchange(comm, [flat[a:b] for a, b in pairwise(cuts)], "part")
     return parts[0] if is_shape_only(x) else reduce(op, parts)
-
-
-def _exchange(comm, parts):
-    """Part r goes to rank r. Returns what came from each rank, one's own included."""
-    others = [(comm.rank + hop) % comm.size for hop in range(1, comm.size)]
-    coming = {r: comm.irecv(r, "part") for r in others}
-    sent = [comm.isend(parts[r], r, "part") for r in others]
-    received = [coming[r].wait() if r in coming else parts[r] for r in range(comm.size)]
-    for message in sent:
-        message.wait()
-    return received
 
 
 def _joined(parts, x):

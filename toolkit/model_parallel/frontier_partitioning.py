@@ -30,6 +30,7 @@ from toolkit.runtime import shard
 from toolkit.runtime.errors import ShapeError
 from toolkit.sequence_parallel import _zero3 as vectors
 
+from ._in_turn import Queue
 from ._partition_blocks import copied, dequantise, quantise, reordered, sum_of_packets, zeros
 from ._partition_layout import Groups, Scheme, degrees, flat_range, frontier, groups, named, three_level, zero, zero_pp
 from ._partition_ledger import between_nodes, group_of, memory, step_bytes
@@ -103,25 +104,6 @@ def reduce(comms, whole, bits=None, block=256, order=None):
             received = comm.all_to_all(packets)
             whole = sum_of_packets(received, whole.size // comm.size, bits, block, whole.dtype)
     return whole
-
-
-class Queue:
-    """Collectives of a rank beside its program, one after the other, in the order of `start`."""
-
-    def __init__(self, comm):
-        self.comm, self.last = comm, None
-
-    def start(self, function, *args):
-        """A Request for function(*args)."""
-        before = self.last
-
-        def then():
-            if before is not None:
-                before.wait()
-            return function(*args)
-
-        self.last = self.comm.spawn(then, name=function.__name__)
-        return self.last
 
 
 # ---- a microbatch ----------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ from ._experts import (
     unorder_backward,
 )
 from ._gates import Gate
+from ._in_turn import Queue
 
 LANES = {  # which lane each of the three resources gets
     "three": {"inter": "inter", "intra": "intra", "compute": "compute"},
@@ -77,18 +78,11 @@ class Lanes:
     """Operations in turn on each lane, beside the program, each once what it needs is there."""
 
     def __init__(self, comm, streams):
-        self.comm, self.lane, self.last = comm, LANES[streams], {}
+        queues = {lane: Queue(comm) for lane in LANES[streams].values()}
+        self.queue = {resource: queues[lane] for resource, lane in LANES[streams].items()}
 
     def __call__(self, resource, function, *needs):
-        before = self.last.get(self.lane[resource])
-
-        def in_turn():
-            if before:
-                before.wait()
-            return function(*(request.wait() for request in needs))
-
-        self.last[self.lane[resource]] = request = self.comm.spawn(in_turn, name=resource)
-        return request
+        return self.queue[resource].start(lambda: function(*(need.wait() for need in needs)), name=resource)
 
 
 # ---- the layer -------------------------------------------------------------------------------------------------------
