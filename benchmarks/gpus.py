@@ -3,11 +3,13 @@
     torchrun --nproc-per-node 2 benchmarks/gpus.py --environment "NVLink" --out nvlink.json
     NCCL_P2P_DISABLE=1 torchrun …                         messages through host memory
     NCCL_MAX_NCHANNELS=1 torchrun …                       one channel
+    torchrun … --launch eager                             kernels and messages launched one by one from Python
     NCCL_ALGO=Ring torchrun … --parts all_reduce          the all-reduce alone, 1 KB to 256 MB, by rings
 
-The file has the rows that `python -m toolkit calibrate` fits ("micro"), and for each algorithm, forward and forward
-with backward, its step time, the seconds of its kernels, and what is left: communication that nothing hid. All by
-CUDA events, of the slowest rank ("algorithms"). Every algorithm is first compared with one GPU in float32.
+The file has the rows that `python -m toolkit calibrate` fits ("micro"), what a kernel and a message lose beside each
+other ("beside"), and for each algorithm, forward and forward with backward, its step time, the seconds of its kernels,
+and what is left: communication that nothing hid ("algorithms"). All by CUDA events, of the slowest rank, from CUDA
+graphs unless --launch eager. "errors" compares every algorithm with one GPU in float32.
 What the virtual machine says of the same rows: benchmarks/predict.py.
 """
 
@@ -17,130 +19,39 @@ import os
 import sys
 import time
 from datetime import date
+from functools import cache
 from statistics import median
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from gpu_micro import HEAD_DIM, Clock, all_reduce, beside, micro
 
-from toolkit.kernels.gpu import attention, attention_backward
 from toolkit.runtime import gpu, shard
 from toolkit.sequence_parallel import _real_machines as book
 from toolkit.sequence_parallel._real_machines import program, shapes
 
-KB, MB = 2**10, 2**20
-HEAD_DIM, TOKENS = 128, [4096, 8192, 16384, 32768, 65536]
-PARTS = ["errors", "micro", "algorithms", "overlap", "all_reduce"]
+TOKENS = [4096, 8192, 16384, 32768, 65536]
+PARTS = ["errors", "micro", "beside", "algorithms", "overlap", "all_reduce"]
 
 
-def timed(call, repetitions=12, warm=3):
-    """{median, min, max} seconds of call(), by CUDA events on this rank; all ranks start together."""
-    times = []
-    for turn in range(warm + repetitions):
-        dist.barrier()
-        torch.cuda.synchronize()
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        call()
-        after.record()
-        torch.cuda.synchronize()
-        if turn >= warm:
-            times.append(before.elapsed_time(after) * 1e-3)
-    return {"median": median(times), "min": min(times), "max": max(times)}
-
-
-def rows(column, sizes, make):
-    """One row a size; make(size) returns the call to time."""
-    return [{column: size, **timed(make(size))} for size in sizes]
-
-
-def half(count):
-    return torch.randn(count // 2, device="cuda").to(torch.float16)
-
-
-def micro(cluster):
-    """The row sets of toolkit/runtime/measurements.py."""
-    rank, size = cluster.rank, cluster.size
-    after, before = (rank + 1) % size, (rank - 1) % size
-
-    def gemm(n):
-        a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        return lambda: a @ b
-
-    def copy(n):
-        source, target = half(n), half(n)
-        return lambda: target.copy_(source)
-
-    def shift(n):
-        out, into = half(n), half(n)
-        operations = [dist.P2POp(dist.isend, out, after), dist.P2POp(dist.irecv, into, before)]
-        return lambda: [work.wait() for work in dist.batch_isend_irecv(operations)]
-
-    def one_way(n):
-        x = half(n)
-        operation = [dist.P2POp(dist.isend, x, 1)] if rank == 0 else [dist.P2POp(dist.irecv, x, 0)] if rank == 1 else []
-        return lambda: [work.wait() for work in dist.batch_isend_irecv(operation)] if operation else None
-
-    def all_gather(n):
-        x, out = half(n), half(n * size)
-        return lambda: dist.all_gather_into_tensor(out, x)
-
-    def reduce_scatter(n):
-        x, out = half(n), half(n // size)
-        return lambda: dist.reduce_scatter_tensor(out, x)
-
-    def all_to_all(n):
-        x, out = half(n), half(n)
-        return lambda: dist.all_to_all_single(out, x)
-
-    messages = [KB * 4**k for k in range(10)]
-    collectives = [4 * KB * 4**k for k in range(9)]
-    column = "bytes_per_rank_input"
-    return {
-        "gemm_bf16": rows("n", [512, 1024, 2048, 4096, 8192], gemm),
-        "copy": rows("bytes", [MB, 16 * MB, 256 * MB, 1024 * MB], copy),
-        "flash_fwd": [flash(heads, n, causal) for heads in (32, 8) for causal in (False, True)
-                      for n in (1024, 2048, 4096, 8192, 16384, 32768)],
-        "flash_fwd_bwd": [flash(32, n, causal, backward=True) for causal in (False, True)
-                          for n in (1024, 2048, 4096, 8192, 16384)],
-        "p2p_ring_shift": rows("bytes", messages, shift),
-        "p2p_one_way": rows("bytes", messages, one_way),
-        "all_reduce": rows(column, collectives, all_reduce),
-        "all_gather": rows(column, collectives, all_gather),
-        "reduce_scatter": rows(column, collectives, reduce_scatter),
-        "all_to_all": rows(column, collectives, all_to_all),
-    }  # fmt: skip
-
-
-def all_reduce(n):
-    x = torch.zeros(n // 2, device="cuda", dtype=torch.float16)
-    return lambda: dist.all_reduce(x)
-
-
-def flash(heads, n, causal, backward=False):
-    q, k, v, grad = (torch.randn(heads, n, HEAD_DIM, device="cuda").to(torch.float16) for _ in range(4))
-
-    def call():
-        out, lse = attention(q, k, v, causal, True)
-        if backward:
-            attention_backward(q, k, v, out, lse, grad, causal)
-
-    return {"heads": heads, "n": n, "d": HEAD_DIM, "causal": causal, **timed(call)}
+@cache
+def drawn(number, heads, tokens, width, layout):
+    """Shards of random float16; 4 096 tokens over and over, since drawing a million takes minutes."""
+    some = min(tokens, 4096)
+    block = np.random.default_rng(number).standard_normal((heads, some, width), np.float32).astype(np.float16)
+    return shard(np.tile(block, (1, tokens // some, 1)), 1, layout)
 
 
 def inputs(row, layout):
-    """Shards of random float16; 4 096 tokens over and over, since drawing a million takes minutes."""
-    rng, some, found = np.random.default_rng(0), min(row["tokens"], 4096), []
-    for heads, tokens, width in shapes(row):
-        drawn = rng.standard_normal((heads, some, width), np.float32).astype(np.float16)
-        found.append(shard(np.tile(drawn, (1, tokens // some, 1)), 1, layout))
-    return found
+    return [drawn(number, *shape, layout) for number, shape in enumerate(shapes(row))]
 
 
-def algorithm(cluster, row, repetitions=9, warm=3):
+def algorithm(cluster, graph, row, warm=2):
     """The row with medians over the repetitions of the slowest rank: step, kernels, exposed."""
-    call, options, layout = program(row)
-    steps, kernels, once = [], [], cluster.prepare(call, inputs(row, layout), options)
+    call, options, layout = program(row, cluster.size)
+    repetitions = 9 if row["tokens"] < 32768 else 5
+    steps, kernels, once = [], [], cluster.prepare(call, inputs(row, layout), options, graph)
     for turn in range(warm + repetitions):
         machine, _ = once()
         mine = torch.tensor([machine.makespan, sum(machine.kernel_seconds())], device=cluster.place)
@@ -157,21 +68,29 @@ def algorithm(cluster, row, repetitions=9, warm=3):
 
 
 def errors(cluster, tokens):
-    """Largest difference to one GPU in float32, by algorithm, for inputs in float16: of the result, of gradients."""
+    """Difference to one GPU in float32, by algorithm, for inputs in float16: of the result, of gradients.
+
+    The largest difference, as a share of the largest number.
+    """
     found = {}
     for name, backward in book.TASKS:
-        if name == "LASP-2":  # not softmax
-            continue
         asked = book.row(name, tokens, 8, backward, heads=8)
-        call, options, layout = program(asked)
+        call, options, layout = program(asked, cluster.size)
         shards = inputs(asked, layout)
         run = cluster.run(call, *shards, **options)
         if run:
             ours = run.gather(1, layout)
-            want = dense([torch.from_numpy(s.array).to(cluster.place).float() for s in shards], options)
+            arrays = [torch.from_numpy(s.array).to(cluster.place).float() for s in shards]
+            want = [linear_attention(*arrays)] if name == "LASP-2" else dense(arrays, options)
             pairs = zip(ours if backward else [ours], want, strict=True)
-            found[name + " backward" * backward] = max(float(np.abs(a - b.cpu().numpy()).max()) for a, b in pairs)
+            found[name + " backward" * backward] = max(
+                float(np.abs(a - b.cpu().numpy()).max() / b.abs().max()) for a, b in pairs
+            )
     return found
+
+
+def linear_attention(q, k, v):
+    return (q @ k.swapaxes(1, 2)).tril() @ v
 
 
 def dense(arrays, options):
@@ -184,24 +103,28 @@ def dense(arrays, options):
     return [out.detach()] if len(arrays) == 3 else torch.autograd.grad(out, (q, k, v), arrays[3])
 
 
-def overlap(cluster, name, tokens):
-    """From the profiler: seconds of NCCL's kernels, and how many of them pass while another kernel runs."""
+def overlap(cluster, graph, name, tokens, backward=False):
+    """From the profiler: seconds of NCCL's messages, and how many of them pass while a kernel runs."""
     from torch.profiler import ProfilerActivity, profile
 
-    asked = book.row(name, tokens, 32)
-    call, options, layout = program(asked)
-    once = cluster.prepare(call, inputs(asked, layout), options)
+    asked = book.row(name, tokens, 32, backward)
+    call, options, layout = program(asked, cluster.size)
+    once = cluster.prepare(call, inputs(asked, layout), options, graph)
     for _ in range(3):
         once()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         once()
-    spans = {True: [], False: []}
+    messages, kernels = [], []
     for event in profiler.events():
         if event.device_type.name == "CUDA" and not event.name.startswith(("Memcpy", "Memset")):
-            spans["nccl" in event.name.lower()].append((event.time_range.start, event.time_range.end))
-    moving = sum(end - start for start, end in spans[True])
-    both = sum(max(0, min(a, b) - max(s, t)) for s, a in spans[True] for t, b in spans[False])
-    return {"algorithm": name, "tokens": tokens, "nccl_seconds": moving * 1e-6, "hidden_seconds": both * 1e-6}
+            span = event.time_range.start, event.time_range.end
+            if "SendRecv" in event.name:
+                messages.append(span)
+            elif "nccl" not in event.name.lower():
+                kernels.append(span)
+    moving = sum(end - start for start, end in messages)
+    both = sum(max(0, min(a, b) - max(s, t)) for s, a in messages for t, b in kernels)
+    return {**asked, "nccl_seconds": moving * 1e-6, "hidden_seconds": both * 1e-6}
 
 
 def main():
@@ -209,7 +132,8 @@ def main():
     options.add_argument("--environment", default="default")
     options.add_argument("--out", required=True)
     options.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    options.add_argument("--parts", nargs="+", default=PARTS[:4], choices=PARTS)
+    options.add_argument("--parts", nargs="+", default=PARTS[:5], choices=PARTS)
+    options.add_argument("--launch", default="graph", choices=["graph", "eager"])
     options = options.parse_args()
     cluster, began = gpu.Cluster(), time.monotonic()
     result = {
@@ -221,27 +145,31 @@ def main():
         "torch": torch.__version__,
         "nccl": str(torch.cuda.nccl.version()) if cluster.cuda else "",
         "date": date.today().isoformat(),
-        "units": "seconds, CUDA events on the slowest rank; median, min, max of 9 to 12 runs after 3 to warm up",
+        "launch": options.launch,
+        "units": "seconds, CUDA events on the slowest rank; median, min, max of 5 to 12 runs after 2 or 3 to warm up",
     }
     for part in options.parts:
-        result[part] = measure(cluster, part, options.tokens)
+        result[part] = measure(cluster, part, options.tokens, options.launch == "graph")
         if cluster.rank == 0:
             print(f"{options.environment}: {part}, {time.monotonic() - began:.0f} s", flush=True)
             with open(options.out, "w", encoding="utf-8") as out:  # what there is, should the next part fail
                 json.dump(result, out, indent=1)
 
 
-def measure(cluster, part, tokens):
+def measure(cluster, part, tokens, graph):
+    clock = Clock(cluster, graph)
     if part == "errors":
-        return errors(cluster, 512)
+        return errors(cluster, 2048)
     if part == "micro":
-        return micro(cluster)
+        return micro(cluster, clock)
+    if part == "beside":
+        return beside(cluster, clock)
     if part == "algorithms":
-        return [algorithm(cluster, asked) for asked in book.rows(tokens)]
+        return [algorithm(cluster, graph, asked) for asked in book.rows(tokens)]
     if part == "overlap":
-        shown = ("ring", "zigzag ring", "TokenRing", "Ulysses", "LASP-2")
-        return [overlap(cluster, name, tokens[-1]) for name in shown]
-    return rows("bytes_per_rank_input", book.ALL_REDUCE, all_reduce)
+        shown = ("ring", "zigzag ring", "TokenRing", "TokenRing zigzag", "Ulysses", "LASP-2")
+        return [overlap(cluster, graph, name, n) for n in sorted({*tokens[:1], *tokens[-1:]}) for name in shown]
+    return clock.rows("bytes_per_rank_input", book.ALL_REDUCE, all_reduce)
 
 
 if __name__ == "__main__":

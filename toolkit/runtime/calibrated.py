@@ -19,7 +19,7 @@ from .arrays import like
 from .cluster import Cluster
 from .hardware import Device, Link
 
-KERNEL_SETS = ("gemm_bf16", "copy", "flash_fwd", "flash_fwd_bwd")
+KERNEL_SETS = ("gemm_bf16", "copy", "flash_fwd", "flash_fwd_bwd", "linear_fwd")
 MESSAGE_SETS = ("p2p_ring_shift", "p2p_one_way")
 COLLECTIVE_SETS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
 SHORT, SHORT_SETS = 2**20, COLLECTIVE_SETS[:3]  # bytes up to which these may use a protocol for short messages
@@ -82,7 +82,12 @@ def calls(row):
         return [("compute", 2 * size["n"] ** 3, 6 * size["n"] ** 2)]
     if row.set == "copy":
         return [("memory", 0, 2 * size["bytes"])]
-    heads, n, d, causal = (size[column] for column in ("heads", "n", "d", "causal"))
+    heads, n, d = (size[column] for column in ("heads", "n", "d"))
+    if row.set == "linear_fwd":  # queries, keys, values, the result in float32, and the states of the chunks
+        chunk, state = size["chunk"], d * d
+        flops = 2 * heads * (n * chunk * 2 * d + (n - chunk) * state)
+        return [("inside", flops, heads * (10 * n * d + (n // chunk * 4 * state if n > chunk else 0)))]
+    causal = size["causal"]
     product, array = 2 * heads * d * (n * (n + 1) // 2 if causal else n * n), 2 * heads * n * d
     prefix = "causal " if causal else ""
     forward = (f"{prefix}attention", 2 * product, 4 * array)

@@ -34,6 +34,7 @@ def fit(measured: Measured) -> Calibrated:
         ("causal attention", "flash_fwd"),
         ("attention_backward", "flash_fwd_bwd"),
         ("causal attention_backward", "flash_fwd_bwd"),
+        ("inside", "linear_fwd"),
     ):
         rows = [row for row in measured.only(sets) if calls(row)[-1][0] == kind]
         if rows:

@@ -6,7 +6,8 @@
 NCCL wants to know every shape beforehand, and it matches messages by their order alone. So the program first runs
 without data, on the virtual machine: that run is the plan (`plan`). From then on nothing waits for the host: messages
 that are posted together leave as one NCCL group, right before the next kernel is launched or somebody waits, on a
-stream of their own; `wait()` makes the next kernel wait, not the program.
+stream of their own; `wait()` makes the next kernel wait, not the program. Since nothing waits for the host, a whole
+run can also be recorded once, as a CUDA graph, and then replayed: the host takes no part in it any more.
 
 Times are the GPU's, by events. A machine without GPUs runs the same code with gloo on tensors of the CPU.
 Needs: pip install '.[gpu]'. Limits: no source=ANY, no message whose shape depends on data, no timeouts.
@@ -25,8 +26,9 @@ from greenlet import getcurrent
 from toolkit.kernels.gpu import KERNELS
 
 from . import topology
-from .arrays import map_arrays
+from .arrays import like, map_arrays
 from .cluster import Run, own
+from .errors import RuntimeFault
 from .hardware import IDEAL, NVLINK4
 from .machine import Machine
 from .plan import execute, form, plan
@@ -41,12 +43,16 @@ class Cluster:
 
     def __init__(self):
         self.cuda = torch.cuda.is_available()
+        self.place = torch.device("cpu")
         if self.cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if self.cuda else "gloo")
+            self.place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.place)
+            urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # else a large kernel goes first
+            dist.init_process_group("nccl", device_id=self.place, pg_options=urgent)
+        else:
+            dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.place = torch.device("cuda" if self.cuda else "cpu")
         self.topology = topology.switch(self.size, NVLINK4)
         self.device, self.devices = IDEAL, [IDEAL] * self.size
         self._plans = {}
@@ -70,9 +76,10 @@ class Cluster:
         memories = [SimpleNamespace(peak=peak, history=lambda: (np.zeros(0), np.zeros(0))) for peak in peaks]
         return Run(self, list(outputs), trace, max(makespans), memories)
 
-    def prepare(self, program, args, options):
+    def prepare(self, program, args, options, graph=False):
         """Plan a run and bring its arguments to this GPU.
 
+        graph     record the run as a CUDA graph: kernels and messages then start without the host
         returns   a function that runs once: this rank's GpuMachine, its trace complete, and its output as tensors
         """
         key = (program, tuple(form(a) for a in args), tuple((k, form(v)) for k, v in options.items()))
@@ -80,15 +87,50 @@ class Cluster:
             self._plans[key] = plan(program, args, options, self.size)
         mine = [self._placed(own(a, self.rank, self.size)) for a in args]
 
-        def once():
+        def enqueue():
             machine = GpuMachine(self, *self._plans[key])
-            dist.barrier()
+            self.align()
             machine.begin()
             outputs = execute(machine, [machine.processor], program, mine, options)
             machine.end()
             return machine, outputs[self.rank]
 
+        enqueue = self.recorded(enqueue) if graph else enqueue
+
+        def once():
+            dist.barrier()
+            machine, output = enqueue()
+            machine.read()
+            return machine, output
+
         return once
+
+    def recorded(self, enqueue):
+        """What `enqueue` lets the GPU do, as a CUDA graph: a function that replays it and gives the same result.
+
+        `enqueue` runs twice: communicators and compiled kernels must be there before it is recorded.
+        """
+        if not self.cuda:
+            raise RuntimeFault("a CUDA graph needs a GPU: run without graph=True")
+        enqueue()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's own thread may go on
+            result = enqueue()
+
+        def replay():
+            graph.replay()
+            return result
+
+        replay.reads = enqueue  # whose tensors must live as long as the graph
+        return replay
+
+    def align(self):
+        """No GPU goes on before all have come."""
+        if self.cuda:
+            dist.all_reduce(self.empty(like((1,), "float32")).zero_())
+        else:
+            dist.barrier()
 
     def __repr__(self):
         kind = torch.cuda.get_device_name() if self.cuda else "CPU process (no GPU here)"
@@ -193,30 +235,29 @@ class GpuMachine(Machine):
         """A point in the GPU's stream of work (the wall's clock where there is no GPU)."""
         if not self.cluster.cuda:
             return self.engine.now
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return event()
 
     def begin(self):
         if self.cluster.cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         self.origin = self.mark()
 
     def end(self):
-        """Wait for the GPU, then write the trace from its events."""
+        """Let everything that was begun end on the GPU."""
         self.flush()
         for request in list(self.pending):
             self.block(request)
         for moving in self.beside:
             while moving.works:
                 moving.works.pop().wait()
-        last = self.mark()
+        self.last = self.mark()
+        self.peak = torch.cuda.max_memory_allocated() if self.cluster.cuda else 0
+
+    def read(self):
+        """Wait for the GPU, then write the trace from its events."""
         if self.cluster.cuda:
             torch.cuda.synchronize()
-        self.makespan = self.seconds(last)
-        self.peak = torch.cuda.max_memory_allocated() if self.cluster.cuda else 0
-        free = 0.0
+        self.makespan, self.trace, free = self.seconds(self.last), Trace(), 0.0
         for name, lane, before, after in self.kernels:
             began, ended = self.seconds(before), self.seconds(after)
             if began > free:  # the stream had nothing to do, or waited for a message
@@ -227,7 +268,7 @@ class GpuMachine(Machine):
             self.trace.wait(self.cluster.rank, "message", free, self.makespan)
 
     def kernel_seconds(self):
-        """Seconds of each kernel, in order of launch. After `end`."""
+        """Seconds of each kernel, in order of launch. After `read`."""
         return [self.seconds(after) - self.seconds(before) for _, _, before, after in self.kernels]
 
     def seconds(self, mark):
@@ -259,6 +300,13 @@ class GpuProcessor(Processor):
         result = KERNELS.get(kernel, kernel.__wrapped__)(*args, **options)
         machine.kernels.append((kernel.__name__, "compute", before, machine.mark()))
         return result
+
+
+def event():
+    """A point in this GPU's stream of work, with its time; when a graph is replayed, the time of the replay."""
+    point = torch.cuda.Event(enable_timing=True, external=True)
+    point.record()
+    return point
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------------

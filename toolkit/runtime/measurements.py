@@ -18,6 +18,7 @@ COLUMNS = {  # row set -> what its rows vary: matrix size, bytes of each rank's 
     "copy": ("bytes",),
     "flash_fwd": ("heads", "n", "d", "causal"),
     "flash_fwd_bwd": ("heads", "n", "d", "causal"),
+    "linear_fwd": ("heads", "n", "d", "chunk"),
     "p2p_ring_shift": ("bytes",),
     "p2p_one_way": ("bytes",),
     "all_reduce": ("bytes_per_rank_input",),
@@ -52,8 +53,8 @@ class Row(NamedTuple):
         return next(iter(self.size.values()))
 
     def __str__(self):
-        if "causal" in self.size:
-            return f"{self.size['n']:,} tokens{', causal' if self.size['causal'] else ''}"
+        if "heads" in self.size:
+            return f"{self.size['n']:,} tokens{', causal' if self.size.get('causal') else ''}"
         return f"{self.nbytes:,}" if self.set == "gemm_bf16" else f"{self.nbytes:,} B"
 
 

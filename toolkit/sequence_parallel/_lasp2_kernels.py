@@ -100,6 +100,8 @@ def inside(q, k, v, states=None):
     costs    2·n·C·(d_k + d_v) flops a head for chunks of C tokens, and 2·(n - C)·d_k·d_v through the states
     """
     chunks = 1 if states is None else states.shape[1]
+    if fused := triton_kernels(q, v, chunks):
+        return fused.inside(q, k, v, states)
     q, k, v = (cut(x, chunks) for x in (q, k, v))
     out = product(lower(product(q, k.swapaxes(2, 3))), v)
     if chunks > 1:
@@ -190,6 +192,8 @@ def through(x, state):
 )
 def add_through(out, x, state):
     """out += x @ state, in place."""
+    if fused := triton_kernels(x, out):
+        return fused.add_through(out, x, state)
     out += product(x, state)
     return out
 
@@ -259,6 +263,15 @@ def product(a, b):
         return wide(a) @ wide(b)
     narrower = b if b.itemsize < a.itemsize else a
     return wide(narrow(a, narrower) @ narrow(b, narrower))
+
+
+def triton_kernels(q, v, chunks=1):
+    """The module of fused kernels, where such tensors lie on a GPU and fit them; else None."""
+    if not getattr(q, "is_cuda", False):
+        return None
+    from toolkit.kernels import _gpu_linear
+
+    return _gpu_linear if _gpu_linear.fits(q, v, chunks) else None
 
 
 def lower(scores):

@@ -25,6 +25,7 @@ ALGORITHMS = {  # name -> (system, forward program, options)
     "Ulysses causal": (ulysses, ulysses.attention, {"causal": True}),
     "LASP-2": (lasp2, lasp2.attention, {"causal": True}),
 }
+CHUNK = 512  # tokens of a chunk of LASP-2
 TRAINED = ("ring", "zigzag ring", "TokenRing", "TokenRing zigzag")  # timed forward with backward too
 TASKS = [(name, False) for name in ALGORITHMS] + [(name, True) for name in TRAINED]  # (name, with backward)
 ALL_REDUCE = [1024 * 4**k for k in range(10)]  # bytes: 1 KB … 256 MB, as ASTRA-sim validates against NCCL's ring
@@ -46,9 +47,11 @@ def rows(lengths):
     ]  # fmt: skip
 
 
-def program(row):
-    """(program, options, layout of its inputs) of a row. With "backward" the program also takes a gradient."""
+def program(row, world):
+    """(program, options, layout of its inputs) of a row on so many GPUs. With "backward" it also takes a gradient."""
     system, forward, options = ALGORITHMS[row["algorithm"]]
+    if system is lasp2:
+        options = {**options, "chunks_per_rank": max(1, row["tokens"] // world // CHUNK)}
     if row.get("backward"):
         forward = partial(forward_and_backward, system)
     return forward, options, options.get("layout", "contiguous")
@@ -70,6 +73,6 @@ def shapes(row):
 def predicted(calibrated, row, world):
     """The virtual run of a row on `world` GPUs that are fitted by `calibration.fit`, joined by one switch."""
     link = replace(calibrated.link, latency=calibrated.link.latency / 2, floor=calibrated.floors["p2p_ring_shift"])
-    forward, options, layout = program(row)
+    forward, options, layout = program(row, world)
     inputs = [shard(like(shape, np.float16), 1, layout) for shape in shapes(row)]
     return Cluster(topology.switch(world, link), device=calibrated.device).run(forward, *inputs, **options)
