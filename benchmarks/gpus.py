@@ -48,22 +48,24 @@ def inputs(row, layout):
 
 
 def algorithm(cluster, graph, row, warm=2):
-    """The row with medians over the repetitions of the slowest rank: step, kernels, exposed."""
+    """The row with medians over the repetitions of the slowest rank: step, kernels, exposed; rank 0's by kernel."""
     call, options, layout = program(row, cluster.size)
     repetitions = 9 if row["tokens"] < 32768 else 5
-    steps, kernels, once = [], [], cluster.prepare(call, inputs(row, layout), options, graph)
+    steps, kernels, named, once = [], [], [], cluster.prepare(call, inputs(row, layout), options, graph)
     for turn in range(warm + repetitions):
         machine, _ = once()
-        mine = torch.tensor([machine.makespan, sum(machine.kernel_seconds())], device=cluster.place)
+        mine = torch.tensor([machine.makespan, machine.busy_seconds()], device=cluster.place)
         everyone = [torch.empty_like(mine) for _ in range(cluster.size)]
         dist.all_gather(everyone, mine)
         step, busy = torch.stack(everyone).max(0).values.tolist()
         if turn >= warm:
             steps.append(step)
             kernels.append(busy)
+            named.append(machine.kernel_seconds())
     return {
         **row, "median": median(steps), "min": min(steps), "max": max(steps),
         "kernels": median(kernels), "exposed": median(s - k for s, k in zip(steps, kernels, strict=True)),
+        "by_kernel": {name: median(run[name] for run in named) for name in named[0]},
     }  # fmt: skip
 
 

@@ -82,7 +82,7 @@ def _add_run(commands):
     run.add_argument("--heads", type=_count, default=8)
     run.add_argument("--kv-heads", type=_count, help="fewer than --heads: grouped queries (default: as many)")
     run.add_argument("--head-dim", type=_count, default=64)
-    run.add_argument("--dtype", choices=["float16", "float32", "float64"], default="float32")
+    run.add_argument("--dtype", choices=["float16", "float32", "float64"], help="float32 if not given, on GPUs float16")
     run.add_argument("--causal", action="store_true")
     run.add_argument("--layout", choices=["contiguous", "zigzag", "striped"], default="contiguous")
     run.add_argument("--device", type=_one_of(hardware.devices()), default="H100", help=", ".join(hardware.devices()))
@@ -136,7 +136,9 @@ def run_system(options):
     from toolkit.show import text
 
     programs = {name: _program(name, options) for name in [options.system, *options.compare]}
-    cluster, arrays = (_cluster if options.backend == "virtual" else _processes)(options), _arrays(options)
+    cluster = (_cluster if options.backend == "virtual" else _processes)(options)
+    options.dtype = options.dtype or ("float16" if getattr(cluster, "cuda", False) else "float32")
+    arrays = _arrays(options)
     shards = [shard(a, axis=1, layout=options.layout) for a in arrays]
     for _ in range(1 if options.backend == "virtual" else 2):  # real kernels compile in a first run
         runs = {name: cluster.run(program, *shards) for name, program in programs.items()}

@@ -56,6 +56,8 @@ def along(grad_out, delta):
 
     It is no longer than the true one, so it fits the same dtype.
     """
+    if grad_out.is_cuda:
+        return _fused().along(grad_out, delta)
     grad = grad_out.float()
     length = grad.square().sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     return (grad * (delta[..., None] / length)).to(grad_out.dtype)
@@ -69,7 +71,7 @@ def empty_accumulator(q):
 def merge(acc, part):
     """In place; the reads and writes of its cost when Triton fuses it, more when it runs op by op."""
     out, lse = acc
-    (_fused_merge() if out.is_cuda else _merge)(out, lse, *part)
+    (_fused().merge if out.is_cuda else _merge)(out, lse, *part)
     return acc
 
 
@@ -80,10 +82,11 @@ def _merge(out, lse, part_out, part_lse):
     torch.logaddexp(lse, part_lse, out=lse)
 
 
-def _fused_merge():
-    from toolkit.kernels._gpu_merge import launch
+def _fused():
+    """Triton's kernels; a machine without a GPU need not have Triton."""
+    from toolkit.kernels import _gpu_rows
 
-    return launch
+    return _gpu_rows
 
 
 def finish(acc, like):
@@ -92,6 +95,8 @@ def finish(acc, like):
 
 
 def delta(grad_out, out):
+    if out.is_cuda:
+        return _fused().delta(grad_out, out)
     return (grad_out.float() * out.float()).sum(-1)
 
 

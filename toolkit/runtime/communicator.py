@@ -119,8 +119,11 @@ class Communicator(collectives.Collectives):
     def spawn(self, function, *args, name=None, **options):
         """Run `function(*args, **options)` beside this rank's program. Returns a Request for its result."""
         request = SubTask(self._machine, name or getattr(function, "__name__", "task"), call_site())
-        lane = getcurrent().lane
-        self._processor.spawn(lambda: request.complete(function(*args, **options)), request.site, lane)
+
+        def body():
+            request.complete(function(*args, **options))
+
+        request.task = self._processor.spawn(body, request.site, getcurrent().lane)
         return request
 
     # ---- groups ---------------------------------------------------------------------------------------------------

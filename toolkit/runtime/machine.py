@@ -178,6 +178,9 @@ class Machine(Agreement):
         if engine.now > start:
             self.trace.wait(task.rank, request.label, start, engine.now)
 
+    def join(self, request):
+        """Somebody has waited for this sub-task. An engine that only queues work sees to the order here."""
+
     def _block_until(self, request, task, deadline):
         engine, expired = self.engine, []
         timer = engine.call_at(deadline, lambda: (expired.append(True), engine.wake(task)), task.rank)

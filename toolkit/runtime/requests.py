@@ -186,9 +186,14 @@ class Both(Request):
 
 
 class SubTask(Request):
-    """A function running beside its rank's program; `wait()` gives its result."""
+    """A function running beside its rank's program, as `task`; `wait()` gives its result."""
 
-    __slots__ = ()
+    __slots__ = ("task",)
+
+    def wait(self, timeout=None):
+        value = super().wait(timeout)
+        self.machine.join(self)
+        return value
 
     def __str__(self):
         return self.label

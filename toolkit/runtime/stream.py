@@ -22,7 +22,7 @@ class Stream:
 
     def __init__(self, processor, name):
         self.processor, self.name = processor, name
-        self._queue, self._working, self._outer = deque(), False, []
+        self._queue, self._working, self._worker, self._outer = deque(), False, None, []
 
     def __enter__(self):
         task = getcurrent()
@@ -38,13 +38,14 @@ class Stream:
         self._queue.append(operation)
         if not self._working:
             self._working = True
-            self.processor.spawn(self._work, call_site(), self.name)
+            self._worker = self.processor.spawn(self._work, call_site(), self.name)
 
     def wait(self, timeout=None):
         """Block the program until everything queued so far is done."""
         done = SubTask(self.processor.machine, f"stream {self.name!r}", call_site())
         outer, getcurrent().stream = getcurrent().stream, None
         self.enqueue(done.complete)
+        done.task = self._worker
         try:
             done.wait(timeout)
         finally:
