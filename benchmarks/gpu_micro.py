@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.kernels.gpu import attention, attention_backward
-from toolkit.runtime.gpu import event
+from toolkit.runtime.gpu_machine import event
 from toolkit.sequence_parallel import _lasp2_kernels as linear
 from toolkit.sequence_parallel._real_machines import CHUNK
 

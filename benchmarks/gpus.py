@@ -16,10 +16,13 @@ What the virtual machine says of the same rows: benchmarks/predict.py.
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from datetime import date
 from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -142,7 +145,7 @@ def main():
         "gpu": torch.cuda.get_device_name() if cluster.cuda else "CPU",
         "world": cluster.size,
         "environment": options.environment,
-        "command": " ".join(["torchrun", f"--nproc-per-node {cluster.size}", *sys.argv]),
+        "command": command(cluster.size),
         "variables": {name: value for name, value in os.environ.items() if name.startswith("NCCL_")},
         "torch": torch.__version__,
         "nccl": str(torch.cuda.nccl.version()) if cluster.cuda else "",
@@ -154,8 +157,14 @@ def main():
         result[part] = measure(cluster, part, options.tokens, options.launch == "graph")
         if cluster.rank == 0:
             print(f"{options.environment}: {part}, {time.monotonic() - began:.0f} s", flush=True)
-            with open(options.out, "w", encoding="utf-8") as out:  # what there is, should the next part fail
-                json.dump(result, out, indent=1)
+            text = json.dumps(result).replace("}, {", "},\n{").replace("[{", "[\n{")  # a row a line
+            Path(options.out).write_text(text + "\n", encoding="utf-8")  # what there is, should the next part fail
+
+
+def command(world):
+    """How to run this again; the file without its folder, which may be this machine's own."""
+    words = [Path(word).name if before == "--out" else word for before, word in pairwise(sys.argv)]
+    return shlex.join(["torchrun", "--nproc-per-node", str(world), sys.argv[0], *words])
 
 
 def measure(cluster, part, tokens, graph):

@@ -17,7 +17,7 @@ import numpy as np
 from . import topology
 from .arrays import like
 from .cluster import Cluster
-from .hardware import Device, Link
+from .hardware import Curve, Device, Link
 
 KERNEL_SETS = ("gemm_bf16", "copy", "flash_fwd", "flash_fwd_bwd", "linear_fwd")
 MESSAGE_SETS = ("p2p_ring_shift", "p2p_one_way")
@@ -31,11 +31,13 @@ class Calibrated:
 
     floors      seconds that a call takes at least, by row set
     short_rate  bytes/s of one flow in the collectives of SHORT_SETS when a rank's input is at most SHORT bytes
+    copying     how a collective copies; the same kernel of a program has the curve of its kind, as any other
     """
 
     device: Device
     link: Link | None = None
     short_rate: float = np.inf
+    copying: Curve = Curve()
     floors: dict = field(default_factory=dict)
     world: int = 2
 
@@ -49,7 +51,9 @@ class Calibrated:
         link = replace(self.link, latency=self.link.latency / 2)  # two hops
         if row.set in SHORT_SETS and row.nbytes <= SHORT:
             link = replace(link, flow_cap=min(link.flow_cap, self.short_rate))
-        cluster = Cluster(topology.switch(self.world, link), device=self.device)
+        curves = {**self.device.curves, "concatenate": self.copying}
+        device = replace(self.device, curves=curves, launch_overhead=0.0)  # the whole collective is one launch
+        cluster = Cluster(topology.switch(self.world, link), device=device)
         return cluster.run(PROGRAMS[row.set], like((row.nbytes // 2,), np.float16))
 
     def kernels(self, row):

@@ -2,10 +2,10 @@
 
     python -m toolkit calibrate measured.json
 
-What is fitted: for each kind of kernel the share of the peak (for attention also where small sizes lose it); for the
-network latency, rate of one flow and rate of both directions, from messages alone. Collectives are predicted, but for
-the rate at which they copy and the rate of short messages. A launch floor for each row set. Fits minimise the mean
-|log(predicted / measured)|, which a stray row cannot bend. The model: calibrated.py.
+What is fitted: for each kind of kernel the share of the peak (for attention also where small sizes lose it), and what
+it loses beside a message; for the network latency, rate of one flow and rate of both directions, from messages alone.
+Collectives are predicted, but for the rate at which they copy and the rate of short messages. A launch floor for each
+row set. Fits minimise the mean |log(predicted / measured)|, which a stray row cannot bend. The model: calibrated.py.
 Chapter: foundations/how_far_to_trust_the_clock.
 """
 
@@ -43,6 +43,8 @@ def fit(measured: Measured) -> Calibrated:
     copying = [row for row in measured.only("all_gather", "all_to_all") if row.nbytes > SHORT]
     if copying:
         calibration = _fit_copies(calibration, copying)
+    if measured.beside:
+        calibration = _fit_slowdown(calibration, measured.beside)
     return _fit_floors(calibration, measured)
 
 
@@ -108,12 +110,25 @@ def _fit_copies(calibration, rows):
         run = calibration.run(row)
         copies = [event for event in run.trace if event.name == "concatenate" and event.rank == 0]
         ideal[i] = sum(e.bytes for e in copies) / device.memory_bandwidth
-        rest[i] = run.makespan - sum(e.end - e.start - device.launch_overhead for e in copies)
+        rest[i] = run.makespan - sum(e.end - e.start for e in copies)
     seen = np.array([row.seconds for row in rows])
     fastest = device.curves.get("memory", Curve()).share
     shares = [fastest, *(share for share in ideal / np.maximum(seen - rest, 1e-12) if share < fastest)]
     share = min(shares, key=lambda share: _error(rows, rest + ideal / share))
-    return replace(calibration, device=replace(device, curves={**device.curves, "concatenate": Curve(float(share))}))
+    return replace(calibration, copying=Curve(float(share)))
+
+
+def _fit_slowdown(calibration, beside):
+    """The share of compute that a message in flight takes: its copies need processors and memory, as kernels do."""
+    kernel, message, seen = np.transpose(beside)
+
+    def error(share):  # the kernel is slow all along, or as long as the message passes
+        expected = np.minimum(kernel / (1 - share), kernel + share * message)
+        return np.abs(np.log(expected / seen)).mean()
+
+    shares = [0.0, *(1 - kernel / seen), *((seen - kernel) / message)]
+    best = min((share for share in shares if 0 <= share < 1), key=error)
+    return replace(calibration, device=replace(calibration.device, overlap_slowdown=float(best)))
 
 
 def _fit_floors(calibration, measured):
@@ -242,6 +257,10 @@ def describe(calibrated):
     for kind, curve in calibrated.device.curves.items():
         half = f", half of it at {seconds(curve.half)} of work (power {curve.power:g})" if curve.half else ""
         yield f"{kind}: {curve.share:.1%} of the peak{half}"
+    if slowdown := calibrated.device.overlap_slowdown:
+        yield f"beside a message: kernels lose {slowdown:.1%} of their speed"
+    if calibrated.copying.share < 1:
+        yield f"copies inside a collective: {calibrated.copying.share:.1%} of the peak"
     if calibrated.link:
         link = calibrated.link
         yield (f"link: latency {seconds(link.latency)}, one flow {size(link.flow_cap)}/s, "

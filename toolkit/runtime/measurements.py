@@ -1,9 +1,9 @@
 """Timings of real machines: JSON files of medians, and the errors that say what is wrong with one.
 
     {"gpu": "NVIDIA H200", "world": 2, "environment": "NVLink", "micro": {"copy": [{"bytes": 1048576, "median": 1.9e-05,
-     "min": 1.6e-05, "max": 3.8e-05}, …], …}}
+     "min": 1.6e-05, "max": 3.8e-05}, …], …}, "beside": […]}
 
-Seconds and bytes. A file may hold any of the row sets in `SETS`. Three files lie in `measured/`: two H200 GPUs of one
+Seconds and bytes. A file may hold any of the row sets in `SETS`, and rows of `Beside`. benchmarks/gpus.py writes one. Three files lie in `measured/`: two H200 GPUs of one
 host, three ways to carry their messages. Chapter: foundations/how_far_to_trust_the_clock.
 """
 
@@ -58,15 +58,27 @@ class Row(NamedTuple):
         return f"{self.nbytes:,}" if self.set == "gemm_bf16" else f"{self.nbytes:,} B"
 
 
+class Beside(NamedTuple):
+    """Seconds of an attention kernel and of a shift: each alone, and the kernel when both begin together."""
+
+    kernel: float
+    message: float
+    kernel_beside: float
+
+
 @dataclass(frozen=True)
 class Measured:
-    """What one file holds."""
+    """What one file holds.
+
+    rows     of Row     beside   of Beside: kernels that ran while a message passed
+    """
 
     name: str
     environment: str
     gpu: str
     world: int
     rows: tuple
+    beside: tuple = ()
 
     def only(self, *sets):
         """The rows of these sets, in the file's order."""
@@ -90,8 +102,9 @@ def load(path):
     rows = [row for name, entries in content["micro"].items() for row in _rows(path, name, entries)]
     if not rows:
         raise MeasurementError(f'{path}: "micro" has no rows')
+    beside = tuple(_beside(f"{path}: beside row {n}", entry) for n, entry in enumerate(content.get("beside", ()), 1))
     environment, gpu = str(content.get("environment", path.stem)), str(content.get("gpu", ""))
-    return Measured(path.stem, environment, gpu, world, tuple(rows))
+    return Measured(path.stem, environment, gpu, world, tuple(rows), beside)
 
 
 def shipped():
@@ -106,6 +119,17 @@ def _rows(path, name, entries):
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise MeasurementError(f"{path}: row set {name!r} must be a list of objects")
     return [_row(f"{path}: {name} row {number}", name, entry) for number, entry in enumerate(entries, 1)]
+
+
+def _beside(where, entry):
+    try:
+        found = Beside(*(float(entry[name]["median"]) for name in Beside._fields))
+    except (KeyError, TypeError, ValueError) as error:
+        needed = ", ".join(f'"{name}": {{"median": …}}' for name in Beside._fields)
+        raise MeasurementError(f"{where} must hold {needed}: {error!r}") from error
+    if not all(0 < value < math.inf for value in found):
+        raise MeasurementError(f"{where}: {found} must be numbers above 0")
+    return found
 
 
 def _row(where, name, entry):

@@ -1,15 +1,18 @@
 """The algorithms that are timed on real GPUs (`benchmarks/gpus.py`), and what the virtual machine predicts for them.
 
 A row says what was timed: {"algorithm", "tokens", "heads", "kv_heads", "head_dim", "backward"}; a measured one adds
-"median", "kernels" and "exposed" seconds. Inputs are float16.
+"median", "kernels" and "exposed" seconds, a predicted one "predicted" and "predicted exposed". Inputs are float16.
+Chapter: sequence_parallel/on_real_machines.
 """
 
+import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from toolkit.runtime import Cluster, shard, topology
+from toolkit.runtime import Cluster, calibration, measurements, shard, topology
 from toolkit.runtime.arrays import like
 
 from . import lasp2, ring_attention, token_ring, ulysses
@@ -25,6 +28,7 @@ ALGORITHMS = {  # name -> (system, forward program, options)
     "Ulysses causal": (ulysses, ulysses.attention, {"causal": True}),
     "LASP-2": (lasp2, lasp2.attention, {"causal": True}),
 }
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # a checkout has them, an installed package has not
 CHUNK = 512  # tokens of a chunk of LASP-2
 TRAINED = ("ring", "zigzag ring", "TokenRing", "TokenRing zigzag")  # timed forward with backward too
 TASKS = [(name, False) for name in ALGORITHMS] + [(name, True) for name in TRAINED]  # (name, with backward)
@@ -76,3 +80,18 @@ def predicted(calibrated, row, world):
     forward, options, layout = program(row, world)
     inputs = [shard(like(shape, np.float16), 1, layout) for shape in shapes(row)]
     return Cluster(topology.switch(world, link), device=calibrated.device).run(forward, *inputs, **options)
+
+
+def predict(calibrated, asked, world):
+    """The rows with "predicted" and "predicted exposed" seconds."""
+    found = []
+    for row in asked:
+        run = predicted(calibrated, row, world)
+        found.append({**row, "predicted": run.makespan, "predicted exposed": run.exposed()})
+    return found
+
+
+def results(path):
+    """(what benchmarks/gpus.py wrote, the machine fitted to its micro-benchmarks, its rows with their predictions)."""
+    content, calibrated = json.loads(Path(path).read_text(encoding="utf-8")), calibration.fit(measurements.load(path))
+    return content, calibrated, predict(calibrated, content["algorithms"], content["world"])
