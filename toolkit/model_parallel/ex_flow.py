@@ -18,6 +18,7 @@ Source: Yao et al. 2024, arXiv 2401.08383, and the README of its code. Chapter: 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -108,48 +109,64 @@ class Decoded:
         return np.stack([logits[np.argsort(sequence)] for sequence, logits in whole], axis=1)
 
 
-def decode(cluster, model, prompts, n, placement, *, heads, scheme="coherent", coherence="kv", routes=None,
-           way="direct", prefill=True):  # fmt: skip
-    """Generate n tokens of T sequences, the likeliest ones, with experts spread over all ranks of `cluster`.
+def decode(cluster, model, prompts, n, placement, *, scheme="coherent", coherence="kv", **options):
+    """`generate` on `cluster`: n tokens of T sequences.
+
+    prompts     (T, m) integers; sequence s is at home on rank s // (T / G)
+    returns     Decoded
+    raises      ShapeError  sequences or experts do not divide; else as `generate`, whose other arguments these are
+    """
+    ranks, (sequences, m), e = cluster.size, prompts.shape, placement.shape[1]
+    if sequences % ranks or e % ranks:
+        raise ShapeError(f"{sequences} sequences and {e} experts on {ranks} ranks: each rank must get as many")
+    charged = ranks == 1 or scheme == "home" or coherence != "ids"
+    outside = None if charged else _caches(model, sequences, m + n)
+    program = partial(generate, model=model, n=n, placement=placement, scheme=scheme, coherence=coherence,
+                      outside=outside, **options)  # fmt: skip
+    run = cluster.run(program, prompts=shard(np.asarray(prompts, np.int32)))
+    tokens = np.concatenate([output[0] for output in run.outputs]) if scheme == "home" else run.outputs[0][0]
+    ends = np.max([output[1] for output in run.outputs], axis=0)
+    return Decoded(tokens, np.diff(ends, prepend=0.0), run, "" if charged else NOT_CHARGED)
+
+
+def generate(comm, model, prompts, n, placement, *, heads, scheme="coherent", coherence="kv", routes=None,
+             way="direct", prefill=True, outside=None):  # fmt: skip
+    """One rank's program: n tokens of each sequence, the likeliest ones, with experts spread over all G ranks.
 
     model       `_ex_flow_model.weights`, shape-only for a shape-only run
-    prompts     (T, m) integers; sequence s is at home on rank s // (T / G)
+    prompts     (T / G, m) integers, of the sequences whose home is here: as many on every rank
     placement   (L, E) integers, the rank of each expert: as many in every layer and on every rank
     scheme      "home" or "coherent"               coherence   see the module; for "coherent" only
     routes      (T, m + n, L) experts to take instead of the gate's; a shape-only run needs them
     way         all-to-all: "direct", "pairwise" or "hierarchical"
     prefill     False: the prompts' keys and values are there already, and the first tokens at position m are 0
-    returns     Decoded
-    raises      ShapeError  what must divide does not; ValueError  an unknown name
+    outside     the store of "ids": caches that all ranks share, which needs all ranks in one process
+    returns     (tokens (sequences it knows of, n), time of each, [(sequences that ended here, their logits), …])
+    raises      ShapeError  what must divide does not; ValueError  an unknown name, or no store
     """
-    ranks, (sequences, m), (layers, e) = cluster.size, prompts.shape, placement.shape
+    ranks, m, (layers, e) = comm.size, prompts.shape[1], placement.shape
     if scheme not in SCHEMES or coherence not in COHERENCE:
         raise ValueError(f"scheme={scheme!r}, coherence={coherence!r}: take of {SCHEMES} and of {COHERENCE}")
-    if sequences % ranks or e % ranks:
-        raise ShapeError(f"{sequences} sequences and {e} experts on {ranks} ranks: each rank must get as many")
     held = np.stack([(placement == rank).sum(axis=1) for rank in range(ranks)])
-    if layers != len(model["layers"]) or (held != e // ranks).any():
+    if layers != len(model["layers"]) or (held * ranks != e).any():
         raise ShapeError(f"placement {placement.shape}: give {e // ranks} experts of each of {len(model['layers'])} "
                          f"layers to every rank; it gives between {held.min()} and {held.max()}")  # fmt: skip
+    coherent, here = scheme == "coherent", len(prompts)
+    if coherent and coherence == "ids" and outside is None and ranks > 1:
+        raise ValueError('coherence="ids" needs a store that all ranks share: let `decode` make it, or take "kv"')
+    own = _caches(model, here * ranks if coherent else here, m + n) if outside is None else outside
+    first = 0 if coherent else comm.rank * here
+    rank = Rank(comm, model, heads, placement, Context(comm, own, m), first, routes, way)
+    return _generate(rank, prompts, n, scheme, coherence, prefill)
+
+
+def _caches(model, sequences, positions):
     table = model["embedding"]
-    kept = sequences if scheme == "coherent" else sequences // ranks
-    size = layers, kept, m + n, table.shape[1], table.dtype, is_shape_only(table)
-    outside = empty_caches(*size) if coherence == "ids" and scheme == "coherent" else None
-
-    def program(comm, prompts):
-        first = 0 if scheme == "coherent" else comm.rank * len(prompts)
-        context = Context(comm, outside or empty_caches(*size), m)
-        rank = Rank(comm, model, heads, placement, context, first, routes, way)
-        return _generate(rank, prompts, n, scheme, coherence, prefill)
-
-    run = cluster.run(program, shard(np.asarray(prompts, np.int32)))
-    tokens = np.concatenate([output[0] for output in run.outputs]) if scheme == "home" else run.outputs[0][0]
-    ends = np.max([output[1] for output in run.outputs], axis=0)
-    return Decoded(tokens, np.diff(ends, prepend=0.0), run, NOT_CHARGED if outside and ranks > 1 else "")
+    return empty_caches(len(model["layers"]), sequences, positions, table.shape[1], table.dtype, is_shape_only(table))
 
 
 def _generate(rank, prompts, n, scheme, coherence, prefill):
-    """One rank's program: (tokens (sequences it knows of, n), times, [(sequences that ended here, their logits)])."""
+    """What `generate` returns."""
     comm, context, coherent, table = rank.comm, rank.context, scheme == "coherent", rank.model["embedding"]
     (here, m), tokens, ends, logits = prompts.shape, [], [], []
     mine = np.arange(comm.rank * here, (comm.rank + 1) * here, dtype=np.int32)
