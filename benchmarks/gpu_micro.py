@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from toolkit.kernels.gpu import attention, attention_backward
-from toolkit.runtime.gpu_machine import event
+from toolkit.runtime.gpu_machine import event, head_start
 from toolkit.sequence_parallel import _lasp2_kernels as linear
 from toolkit.sequence_parallel._real_machines import CHUNK
 
@@ -149,6 +149,7 @@ def _beside(cluster, clock, n, nbytes):
     def both(mark):
         mark()
         works = begin()
+        head_start()
         attention(q, k, v)
         mark()
         with torch.cuda.stream(other):  # marks the end of the message, which the kernel need not wait for

@@ -1,10 +1,14 @@
-"""Programs of nine more systems, for `real_programs`: each runs on 1 to 4 ranks."""
+"""Programs of the book's systems, for `real_programs`: each runs on 1 to 4 ranks."""
 
 from functools import partial
 
 import numpy as np
 
-from toolkit.model_parallel import _experts, _gates, _layers, _model, _schedule, fs_moe, gnn_pipe, megatron
+from runtime import sequence_programs
+from runtime.sequence_programs import HEAD_DIM, VOCABULARY, numbers
+from toolkit.model_parallel import _ex_flow_model as routed
+from toolkit.model_parallel import _ex_flow_placement as placements
+from toolkit.model_parallel import _experts, _gates, _layers, _model, _schedule, ex_flow, fs_moe, gnn_pipe, megatron, t3
 from toolkit.model_parallel import _gnn_pipe_graph as graphs
 from toolkit.model_parallel import _zero as zero
 from toolkit.model_parallel import frontier_partitioning as partitioning
@@ -13,15 +17,12 @@ from toolkit.model_parallel import vocabulary_parallel as vocabulary
 from toolkit.model_parallel._gnn_pipe_layers import first_weights, layers_of
 from toolkit.model_parallel._mesh import Grid
 from toolkit.model_parallel._partition_model import Model
-from toolkit.runtime import shard
+from toolkit.model_parallel._vocabulary_schedule import METHODS
+from toolkit.runtime import positions, shard
 from toolkit.sequence_parallel import _block as blocks
-from toolkit.sequence_parallel import lasp2, light_seq, ulysses
+from toolkit.sequence_parallel import ring_attention
 
-HEAD_DIM, VOCABULARY, WORDS, BATCH = 4, 24, 8, 12
-
-
-def numbers(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape)
+WORDS, BATCH = 8, 12
 
 
 def arrays(value):
@@ -42,23 +43,6 @@ def flattened(program):
     return run
 
 
-# ---- sequence parallelism --------------------------------------------------------------------------------------------
-
-
-def both_ways(comm, q, k, v, grad_out, *, system):
-    out, lse = system.attention(comm, q, k, v, causal=True, return_lse=True)
-    return out, lse, system.attention_backward(comm, q, k, v, out, lse, grad_out, causal=True)
-
-
-def linear_both_ways(comm, q, k, v, grad_out):
-    out, saved = lasp2.attention(comm, q, k, v, return_saved=True)
-    return out, lasp2.attention_backward(comm, q, k, v, saved, grad_out)
-
-
-def sequences(program):
-    return program, [shard(numbers(12, 48, 8, seed=seed), 1) for seed in range(4)], {}
-
-
 # ---- model parallelism -----------------------------------------------------------------------------------------------
 
 
@@ -69,11 +53,22 @@ def language_model(layers, heads=4):
     return params, text[:, :-1].copy(), text[:, 1:].copy()
 
 
-def megatrons(size):
-    p, t, d = {1: (1, 1, 1), 2: (2, 1, 1), 3: (3, 1, 1), 4: (2, 2, 1)}[size]
+def megatrons(size, v=1, **options):
+    cut = {1: (1, 1, 1), 2: (2, 1, 1), 3: (3, 1, 1), 4: (2, 2, 1) if v == 1 else (2, 1, 2)}[size]
     params, *text = language_model(12)
-    options = {"p": p, "t": t, "d": d, "microbatches": 4, "head_dim": HEAD_DIM}
+    options |= dict(zip(("p", "t", "d"), cut, strict=True)) | {"v": v, "microbatches": 6, "head_dim": HEAD_DIM}
     return partial(megatron.train, batches=[text] * 2), [params], options
+
+
+def tokens_cut(comm, params, tokens, targets):
+    """Context parallelism, and norms on 1/t of the tokens, where the ranks allow it: 8 tokens do not go in three."""
+    grid = Grid(comm, **{1: {}, 2: {"cp": 2}, 3: {"dp": 3}, 4: {"tp": 2, "cp": 2}}[comm.size])
+    where, order = positions("zigzag", grid.cp.rank, grid.cp.size, WORDS), _schedule.one_f_one_b(1, 4)
+    ring = blocks.exact(ring_attention, causal=True, layout="zigzag")
+    setting = _layers.Setting(grid.tp, grid.cp, ring, HEAD_DIM, where, _layers.SEQUENCE)
+    plan = _model.Plan(grid, order, setting, layer=_model.RECOMPUTE)
+    text = [_model.share_of(grid, part, 4, where) for part in (tokens, targets)]
+    return _model.loss_and_gradients(plan, _model.cut(params, grid, order, HEAD_DIM), *text, BATCH * WORDS)
 
 
 def sharded_states(comm, params, tokens, targets, stage):
@@ -88,10 +83,21 @@ def sharded_states(comm, params, tokens, targets, stage):
     return loss, zero.update(grid.dp, stage, chunks, states, grads, 0.01)
 
 
-def ladders(comm, params, tokens):
+def ladders(comm, params, tokens, **options):
     shards = ladder.cut(params, comm.rank, comm.size, HEAD_DIM)
-    logits, saved = ladder.forward(comm, shards, tokens, head_dim=HEAD_DIM, arch="ladder")
+    logits, saved = ladder.forward(comm, shards, tokens, head_dim=HEAD_DIM, **options)
     return logits, ladder.backward(comm, shards, saved, np.ones_like(logits))
+
+
+def halves(comm, params, tokens):
+    return ladder.forward_interleaved(
+        comm, ladder.cut(params, comm.rank, comm.size, HEAD_DIM), tokens, head_dim=HEAD_DIM
+    )
+
+
+def continued(comm, params, tokens):
+    shards = ladder.cut(params, comm.rank, comm.size, HEAD_DIM)
+    return ladder.generate(comm, shards, tokens, 5, arch="ladder", head_dim=HEAD_DIM)[0]
 
 
 def output_layers(comm, x, table, targets, method):
@@ -100,30 +106,52 @@ def output_layers(comm, x, table, targets, method):
     return vocabulary.output_layer(comm, method, cut, cut.of(table), mine, targets, 1 / len(targets))
 
 
-def graph_networks(size):
+def pipelines(comm, params, tokens, targets, method):
+    return vocabulary.step(comm, params, tokens, targets, method=method, microbatches=4, head_dim=HEAD_DIM)[:2]
+
+
+def graph_networks(size, group=1):
     graph, layers = graphs.community_graph(60, 3, width=6), layers_of("gcn", 12, 6, 8, 3)
-    chunk, part = gnn_pipe.cut(graph.adjacency, 2, 1)
-    share = gnn_pipe.placed(gnn_pipe.shares(graph, chunk, part), size)
-    return partial(graph_network, layers=layers), [share, first_weights(layers, 1)], {}
+    share = gnn_pipe.placed(gnn_pipe.shares(graph, *gnn_pipe.cut(graph.adjacency, 2, group)), size // group)
+    return partial(graph_network, layers=layers, group=group), [share, first_weights(layers, 1)], {}
 
 
-def graph_network(comm, share, weights, layers):
-    return gnn_pipe.train(comm, share, weights, layers=layers, group=1, epochs=2, period=2, rate=0.1)
+def graph_network(comm, share, weights, layers, group):
+    return gnn_pipe.train(comm, share, weights, layers=layers, group=group, epochs=2, period=2, rate=0.1)
 
 
-def mixtures(comm, layer, whole, x, grad):
+def mixtures(comm, layer, whole, x, grad, others=None):
+    """others: a gradient that is all-reduced meanwhile."""
     grid = Grid(comm, tp=2, ep=2) if comm.size == 4 else Grid(comm, ep=comm.size)
     mine = _experts.cut_experts(whole, grid.ep, grid.tp)
-    y, saved, _ = fs_moe.forward(layer, grid, mine, x, None)
-    dx, grads, _ = fs_moe.backward(layer, grid, mine, saved, grad, None)
-    return y, dx, grads
+    y, saved, _ = fs_moe.forward(layer, grid, mine, x)
+    return y, fs_moe.backward(layer, grid, mine, saved, grad, others)
 
 
-def partitioned(comm, model, weights, tokens, targets):
+def expert_placements(size):
+    shape = routed.Shape(vocabulary=20, layers=3, width=16, heads=4, hidden=8, experts=12)
+    model = routed.weights(np.random.default_rng(0), shape)
+    prompts = shard(np.random.default_rng(1).integers(0, shape.vocabulary, (12, 4)).astype(np.int32))
+    where = placements.shuffled(np.random.default_rng(2), shape.layers, shape.experts, size)
+    arguments = [model, prompts, 4, where]
+    found = {"ExFlow's baseline": {"scheme": "home"}, "ExFlow, pairwise": {"way": "pairwise"}}
+    found |= {f"ExFlow, {coherence}": {"coherence": coherence} for coherence in ("kv", "early", "fetch")}
+    return {name: (generated, arguments, {"heads": shape.heads} | options) for name, options in found.items()}
+
+
+def generated(comm, *arguments, **options):
+    """ "ids" is left out: its store lies in one process. Of the result, all but times."""
+    tokens, _, logits = ex_flow.generate(comm, *arguments, **options)
+    return tokens, logits
+
+
+def partitioned(comm, model, weights, tokens, targets, quantised=False):
     ranks = 2 if comm.size == 3 else comm.size  # a node of Frontier cannot be cut in three
     if comm.rank >= ranks:
         return None
     scheme = partitioning.zero(3, ranks)
+    if quantised and ranks > 1:
+        scheme = partitioning.Scheme(2, 2, ranks, ranks, qw=8, qg=4, block=16, q2=8)
     losses, kept = partitioning.program(comm.group(range(ranks)), scheme, model, weights, tokens, targets, rate=0.01)
     return losses, [bucket.weights for bucket in kept]
 
@@ -137,18 +165,32 @@ def programs(size):
     x, grad = (shard(numbers(48, 16, seed=seed), 0) for seed in (1, 2))
     whole = _experts.expert_weights(np.random.default_rng(3), gate, 16, 24, 12)
     head = numbers(10, 16, seed=4), numbers(48, 16, seed=5), np.random.default_rng(6).integers(0, 48, 10)
-    found = {
-        "Ulysses": sequences(partial(both_ways, system=ulysses)),
-        "LightSeq": sequences(partial(both_ways, system=light_seq)),
-        "LASP-2": sequences(linear_both_ways),
-        "Megatron-LM": megatrons(size),
-        "ladder residual": (ladders, [*language_model(3, heads=12)[:2]], {}),
-        "GNNPipe": graph_networks(size),
-        "FSMoE": (mixtures, [fs_moe.FSMoELayer(gate, 2.4), whole, x, grad], {}),
-        "three-level partitioning": (partitioned, [model, buckets, *text], {}),
-    }
+    steps = language_model(3, heads=12)
+    found = (
+        sequence_programs.programs(size)
+        | expert_placements(size)
+        | {
+            "Megatron-LM": megatrons(size),
+            "Megatron-LM, interleaved": megatrons(size, 2, kind="interleaved", recompute=True),
+            "Megatron-LM, tokens cut": (tokens_cut, language_model(2), {}),
+            "ladder residual": (ladders, steps[:2], {"arch": "ladder"}),
+            "ladder residual, parallel": (ladders, steps[:2], {"arch": "parallel"}),
+            "ladder residual, desync": (ladders, steps[:2], {"arch": "desync", "desync_pattern": "2x"}),
+            "ladder residual, halves": (halves, steps[:2], {}),
+            "ladder residual, decoding": (continued, steps[:2], {}),
+            "GNNPipe": graph_networks(size),
+            "GNNPipe, groups": graph_networks(size, {1: 1, 2: 2, 3: 3, 4: 2}[size]),
+            "FSMoE": (mixtures, [fs_moe.FSMoELayer(gate, 2.4), whole, x, grad], {}),
+            "FSMoE, chunks": (mixtures, [fs_moe.FSMoELayer(gate, 2.4, 2, 3), whole, x, grad, numbers(50)], {}),
+            "three-level partitioning": (partitioned, [model, buckets, *text], {}),
+            "three-level partitioning, quantised": (partitioned, [model, buckets, *text], {"quantised": True}),
+            "T3's baseline": (t3.sequential, [shard(numbers(24 * size, 8)), shard(numbers(8 * size, 6, seed=1))], {}),
+        }
+    )
     for method in ("naive", "vocab-1", "vocab-2", "interlaced"):
         found[f"vocabulary, {method}"] = output_layers, head, {"method": method}
+    for method in METHODS:
+        found[f"vocabulary, pipeline, {method}"] = pipelines, language_model(12), {"method": method}
     for stage in (1, 2, 3):
         found[f"ZeRO-{stage}"] = sharded_states, language_model(2), {"stage": stage}
     return {name: (flattened(program), args, options) for name, (program, args, options) in found.items()}

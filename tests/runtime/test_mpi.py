@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from runtime import real_programs
+from toolkit.runtime import Cluster, hardware, topology
 
 pytest.importorskip("mpi4py", reason="real processes need pip install '.[mpi]'")
 MPIEXEC = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
@@ -20,8 +21,9 @@ if MPIEXEC is None:
 
 ENVIRONMENT = {**os.environ, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # Sums in MPI's own order, or in that of arrival; sums of ranks in systems that leave them to the engine.
-REORDERED = ("all_reduce, None", "reduce, None", "reduce_scatter, None", "anyone", "Megatron-LM", "ladder residual",
-             "GNNPipe", "FSMoE", "three-level partitioning", "vocabulary", "ZeRO")  # fmt: skip
+REORDERED = ("all_reduce, None", "reduce, None", "reduce_scatter, None", "anyone", "all-gather, backward", "ByteScale",
+             "FSMoE", "GNNPipe", "ladder residual", "LASP-2H", "LightSeq, layers", "Megatron-LM", "ring self-attention",
+             "three-level partitioning", "TransMLA", "vocabulary", "ZeRO")  # fmt: skip
 
 
 def mpiexec(ranks, *command, timeout=300):
@@ -95,6 +97,13 @@ def test_a_mistake_ends_all_processes_with_its_name_and_place(tmp_path, mistake,
     assert status != 0
     assert error in said and place in said
     assert seconds < 30  # patience is 3 s; start-up on a busy machine takes the rest
+
+
+def test_exflow_refuses_a_store_that_would_have_to_lie_in_one_process():
+    program, args, options = real_programs.programs(2)["ExFlow, kv"]
+    cluster = Cluster(topology.full_mesh(2, hardware.NVLINK4))
+    with pytest.raises(ValueError, match="a store that all ranks share"):
+        cluster.run(program, *args, **options | {"coherence": "ids"})
 
 
 def test_the_command_line_runs_a_system_on_processes():

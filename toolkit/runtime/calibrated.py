@@ -37,7 +37,7 @@ class Calibrated:
     device: Device
     link: Link | None = None
     short_rate: float = np.inf
-    copying: Curve = Curve()
+    copying: Curve = field(default_factory=Curve)
     floors: dict = field(default_factory=dict)
     world: int = 2
 

@@ -3,8 +3,9 @@
     {"gpu": "NVIDIA H200", "world": 2, "environment": "NVLink", "micro": {"copy": [{"bytes": 1048576, "median": 1.9e-05,
      "min": 1.6e-05, "max": 3.8e-05}, …], …}, "beside": […]}
 
-Seconds and bytes. A file may hold any of the row sets in `SETS`, and rows of `Beside`. benchmarks/gpus.py writes one. Three files lie in `measured/`: two H200 GPUs of one
-host, three ways to carry their messages. Chapter: foundations/how_far_to_trust_the_clock.
+Seconds and bytes. A file may hold any of the row sets in `SETS`, and rows of `Beside`. benchmarks/gpus.py writes one.
+Three files lie in `measured/`: two H200 GPUs of one host, three ways to carry their messages.
+Chapter: foundations/how_far_to_trust_the_clock.
 """
 
 import json
