@@ -90,9 +90,8 @@ def ladders(comm, params, tokens, **options):
 
 
 def halves(comm, params, tokens):
-    return ladder.forward_interleaved(
-        comm, ladder.cut(params, comm.rank, comm.size, HEAD_DIM), tokens, head_dim=HEAD_DIM
-    )
+    shards = ladder.cut(params, comm.rank, comm.size, HEAD_DIM)
+    return ladder.forward_interleaved(comm, shards, tokens, head_dim=HEAD_DIM)
 
 
 def continued(comm, params, tokens):
@@ -140,7 +139,7 @@ def expert_placements(size):
 
 
 def generated(comm, *arguments, **options):
-    """ "ids" is left out: its store lies in one process. Of the result, all but times."""
+    """All that `generate` gives but times. No program with "ids": its store lies in one process."""
     tokens, _, logits = ex_flow.generate(comm, *arguments, **options)
     return tokens, logits
 
@@ -165,32 +164,29 @@ def programs(size):
     x, grad = (shard(numbers(48, 16, seed=seed), 0) for seed in (1, 2))
     whole = _experts.expert_weights(np.random.default_rng(3), gate, 16, 24, 12)
     head = numbers(10, 16, seed=4), numbers(48, 16, seed=5), np.random.default_rng(6).integers(0, 48, 10)
-    steps = language_model(3, heads=12)
-    found = (
-        sequence_programs.programs(size)
-        | expert_placements(size)
-        | {
-            "Megatron-LM": megatrons(size),
-            "Megatron-LM, interleaved": megatrons(size, 2, kind="interleaved", recompute=True),
-            "Megatron-LM, tokens cut": (tokens_cut, language_model(2), {}),
-            "ladder residual": (ladders, steps[:2], {"arch": "ladder"}),
-            "ladder residual, parallel": (ladders, steps[:2], {"arch": "parallel"}),
-            "ladder residual, desync": (ladders, steps[:2], {"arch": "desync", "desync_pattern": "2x"}),
-            "ladder residual, halves": (halves, steps[:2], {}),
-            "ladder residual, decoding": (continued, steps[:2], {}),
-            "GNNPipe": graph_networks(size),
-            "GNNPipe, groups": graph_networks(size, {1: 1, 2: 2, 3: 3, 4: 2}[size]),
-            "FSMoE": (mixtures, [fs_moe.FSMoELayer(gate, 2.4), whole, x, grad], {}),
-            "FSMoE, chunks": (mixtures, [fs_moe.FSMoELayer(gate, 2.4, 2, 3), whole, x, grad, numbers(50)], {}),
-            "three-level partitioning": (partitioned, [model, buckets, *text], {}),
-            "three-level partitioning, quantised": (partitioned, [model, buckets, *text], {"quantised": True}),
-            "T3's baseline": (t3.sequential, [shard(numbers(24 * size, 8)), shard(numbers(8 * size, 6, seed=1))], {}),
-        }
-    )
+    steps = language_model(3, heads=12)[:2]
+    found = {
+        "Megatron-LM": megatrons(size),
+        "Megatron-LM, interleaved": megatrons(size, 2, kind="interleaved", recompute=True),
+        "Megatron-LM, tokens cut": (tokens_cut, language_model(2), {}),
+        "ladder residual": (ladders, steps, {"arch": "ladder"}),
+        "ladder residual, parallel": (ladders, steps, {"arch": "parallel"}),
+        "ladder residual, desync": (ladders, steps, {"arch": "desync", "desync_pattern": "2x"}),
+        "ladder residual, halves": (halves, steps, {}),
+        "ladder residual, decoding": (continued, steps, {}),
+        "GNNPipe": graph_networks(size),
+        "GNNPipe, groups": graph_networks(size, {1: 1, 2: 2, 3: 3, 4: 2}[size]),
+        "FSMoE": (mixtures, [fs_moe.FSMoELayer(gate, 2.4), whole, x, grad], {}),
+        "FSMoE, chunks": (mixtures, [fs_moe.FSMoELayer(gate, 2.4, 2, 3), whole, x, grad, numbers(50)], {}),
+        "three-level partitioning": (partitioned, [model, buckets, *text], {}),
+        "three-level partitioning, quantised": (partitioned, [model, buckets, *text], {"quantised": True}),
+        "T3's baseline": (t3.sequential, [shard(numbers(24 * size, 8)), shard(numbers(8 * size, 6, seed=1))], {}),
+    }
     for method in ("naive", "vocab-1", "vocab-2", "interlaced"):
         found[f"vocabulary, {method}"] = output_layers, head, {"method": method}
     for method in METHODS:
         found[f"vocabulary, pipeline, {method}"] = pipelines, language_model(12), {"method": method}
     for stage in (1, 2, 3):
         found[f"ZeRO-{stage}"] = sharded_states, language_model(2), {"stage": stage}
+    found |= sequence_programs.programs(size) | expert_placements(size)
     return {name: (flattened(program), args, options) for name, (program, args, options) in found.items()}
