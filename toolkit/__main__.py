@@ -223,12 +223,13 @@ def _row(name, run):
             sent[event.name] = sent.get(event.name, 0) + event.bytes
     links = run.traffic.by_link
     u, v = max(links, key=links.get, default=(None, None))
+    nothing = "not recorded" if hasattr(run.cluster, "cuda") else "nothing"  # NCCL does not say when a message moves
     return (
         name,
         seconds(run.makespan),
         seconds(run.exposed()),
-        ", ".join(f"{channel} {size(n)}" for channel, n in sent.items()) or "nothing",
-        f"{size(links[u, v])} / {size(links.get((v, u), 0))}" if links else "none",
+        ", ".join(f"{channel} {size(n)}" for channel, n in sent.items()) or nothing,
+        f"{size(links[u, v])} / {size(links.get((v, u), 0))}" if links else nothing,
         size(max(run.peak_memory)),
     )
 

@@ -5,13 +5,17 @@ import pickle
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from runtime import real_programs
+from toolkit.runtime.errors import RuntimeFault
 
 torch = pytest.importorskip("torch", reason="tensors need pip install '.[gpu]'")
+from toolkit.runtime import gpu, gpu_machine  # noqa: E402  torch may be missing
+
 NAMES = [name for name in real_programs.programs(1) if name not in real_programs.NUMPY_ONLY]
 RANKS = range(2, torch.cuda.device_count() + 1) if torch.cuda.is_available() else (2, 3)
 TOLERANCE = 2e-2 if torch.cuda.is_available() else 2e-6  # weights in float16 against float32 arithmetic
@@ -74,4 +78,29 @@ def test_a_rank_that_fails_ends_all_within_ten_seconds_and_is_named(tmp_path, fa
 def test_the_command_line_runs_a_system_on_tensors():
     status, said = torchrun(2, "-m", "toolkit", "run", "token_ring", "--backend", "nccl", "--tokens", "64")
     assert status == 0, said
-    assert said.count("largest difference to one device") == 1
+    assert said.count("largest difference to one device") == 1 and "not recorded" in said
+
+
+def test_a_graph_without_a_gpu_is_refused():
+    with pytest.raises(RuntimeFault, match="needs a GPU"):
+        gpu.Cluster.recorded(SimpleNamespace(cuda=False), print)
+
+
+def test_kernels_that_run_at_the_same_time_count_once():
+    kernels = [
+        ("a", "compute", 0.0, 2.0),
+        ("b", "compute", 1.0, 4.0),
+        ("a", "compute", 1.5, 3.0),
+        ("a", "compute", 6.0, 7.0),
+    ]
+    machine = SimpleNamespace(kernels=kernels, seconds=float)
+    assert gpu_machine.GpuMachine.busy_seconds(machine) == 5.0
+    assert gpu_machine.GpuMachine.kernel_seconds(machine) == {"a": 4.5, "b": 3.0}
+
+
+def test_a_stream_waits_once_for_a_group_and_every_stream_does():
+    waited = []
+    group = gpu_machine.Group([SimpleNamespace(wait=lambda: waited.append(1))])
+    for stream in ("main", "main", "side"):
+        group.wait(stream)
+    assert len(waited) == 2
