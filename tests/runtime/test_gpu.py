@@ -98,6 +98,17 @@ def test_kernels_that_run_at_the_same_time_count_once():
     assert gpu_machine.GpuMachine.kernel_seconds(machine) == {"a": 4.5, "b": 3.0}
 
 
+def test_a_rank_waits_when_no_kernel_of_any_stream_runs():
+    spans = [("side", 3.0, 5.0), ("main", 1.0, 4.0), ("main", 7.0, 8.0)]  # in order of launch
+    machine = SimpleNamespace(
+        kernels=[(name, "compute", *span) for name, *span in spans], seconds=float, last=9.0,
+        cluster=SimpleNamespace(cuda=False, rank=0),
+    )  # fmt: skip
+    gpu_machine.GpuMachine.read(machine)
+    waits = [(event.start, event.end) for event in machine.trace if event.kind == "wait"]
+    assert waits == [(0.0, 1.0), (5.0, 7.0), (8.0, 9.0)]
+
+
 def test_a_stream_waits_once_for_a_group_and_every_stream_does():
     waited = []
     group = gpu_machine.Group([SimpleNamespace(wait=lambda: waited.append(1))])

@@ -40,7 +40,7 @@ class Cluster:
         if self.cuda:
             self.place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(self.place)
-            urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # else a large kernel goes first
+            urgent = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # before kernels that wait
             dist.init_process_group("nccl", device_id=self.place, pg_options=urgent)
         else:
             dist.init_process_group("gloo")

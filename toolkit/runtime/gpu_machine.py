@@ -154,12 +154,12 @@ class GpuMachine(Machine):
         if self.cluster.cuda:
             torch.cuda.synchronize()
         self.makespan, self.trace, free = self.seconds(self.last), Trace(), 0.0
-        for name, lane, before, after in self.kernels:
-            began, ended = self.seconds(before), self.seconds(after)
-            if began > free:  # the stream had nothing to do, or waited for a message
+        spans = [(self.seconds(before), self.seconds(after), name, lane) for name, lane, before, after in self.kernels]
+        for began, ended, name, lane in sorted(spans):
+            if began > free:  # no stream had anything to do, or all waited for a message
                 self.trace.wait(self.cluster.rank, "message", free, began)
             self.trace.kernel(self.cluster.rank, lane, name, began, ended, 0, 0)
-            free = ended
+            free = max(free, ended)
         if self.makespan > free:
             self.trace.wait(self.cluster.rank, "message", free, self.makespan)
 
