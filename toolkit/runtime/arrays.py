@@ -36,6 +36,7 @@ def shape_only(shape, dtype):
     owner = _owners.get(dtype)
     if owner is None:
         owner = _owners[dtype] = _NoData(1, dtype)
+        owner.fill(0)  # whoever looks sees zeros: an index that is always there
     return np.ndarray(shape, dtype, owner, 0, (0,) * len(shape))
 
 
@@ -52,6 +53,11 @@ def owner(array):
     while type(array.base) is np.ndarray:
         array = array.base
     return array
+
+
+def with_parts(value, parts):
+    """A tuple of the kind of `value`, named or not, with other parts."""
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def first_array(value):

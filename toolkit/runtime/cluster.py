@@ -8,7 +8,7 @@ from functools import cached_property, partial
 import numpy as np
 from greenlet import getcurrent
 
-from .arrays import copy_of
+from .arrays import copy_of, with_parts
 from .communicator import Communicator
 from .engine import Task
 from .errors import RuntimeFault, ShapeError
@@ -88,8 +88,7 @@ def own(value, rank, size):
     if isinstance(value, np.ndarray):
         return copy_of(value)
     if isinstance(value, tuple):
-        parts = [own(part, rank, size) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        return with_parts(value, (own(part, rank, size) for part in value))
     return value
 
 

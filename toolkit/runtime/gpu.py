@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from . import topology
-from .arrays import like
+from .arrays import like, with_parts
 from .cluster import Run, own
 from .errors import RuntimeFault
 from .gpu_machine import GpuMachine, torch_dtype
@@ -131,7 +131,7 @@ class Cluster:
 
     def _placed(self, value):
         if isinstance(value, tuple):
-            return tuple(map(self._placed, value))
+            return with_parts(value, map(self._placed, value))
         return torch.from_numpy(value).to(self.place) if isinstance(value, np.ndarray) else value
 
     def empty(self, spec):

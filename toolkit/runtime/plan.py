@@ -10,7 +10,7 @@ Limits: no recv(source=ANY), no message whose shape depends on data.
 import numpy as np
 
 from . import topology
-from .arrays import like, map_arrays
+from .arrays import like, map_arrays, with_parts
 from .cluster import caller, start
 from .communicator import Communicator
 from .errors import RuntimeFault
@@ -104,7 +104,7 @@ def _shapes(arg):
     if isinstance(arg, PerRank):
         return PerRank(tuple(map(_shapes, arg.values)))
     if isinstance(arg, tuple):
-        return tuple(map(_shapes, arg))
+        return with_parts(arg, map(_shapes, arg))
     return like(arg) if isinstance(arg, np.ndarray) else arg
 
 
