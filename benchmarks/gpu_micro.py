@@ -8,9 +8,9 @@ import torch.distributed as dist
 from toolkit.kernels.gpu import attention, attention_backward
 from toolkit.runtime.gpu_machine import event, head_start
 from toolkit.sequence_parallel import _lasp2_kernels as linear
-from toolkit.sequence_parallel._real_machines import CHUNK
+from toolkit.sequence_parallel._real_machines import CHUNK, HEAD_DIM
 
-KB, MB, HEAD_DIM = 2**10, 2**20, 128
+KB, MB = 2**10, 2**20
 
 
 class Clock:

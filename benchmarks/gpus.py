@@ -14,7 +14,6 @@ What the virtual machine says of the same rows: benchmarks/predict.py.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -28,11 +27,11 @@ from statistics import median
 import numpy as np
 import torch
 import torch.distributed as dist
-from gpu_micro import HEAD_DIM, Clock, all_reduce, beside, micro
+from gpu_micro import Clock, all_reduce, beside, micro
 
 from toolkit.runtime import gpu, shard
 from toolkit.sequence_parallel import _real_machines as book
-from toolkit.sequence_parallel._real_machines import program, shapes
+from toolkit.sequence_parallel._real_machines import HEAD_DIM, program, shapes
 
 TOKENS = [4096, 8192, 16384, 32768, 65536]
 PARTS = ["errors", "micro", "beside", "algorithms", "overlap", "all_reduce"]
@@ -157,8 +156,7 @@ def main():
         result[part] = measure(cluster, part, options.tokens, options.launch == "graph")
         if cluster.rank == 0:
             print(f"{options.environment}: {part}, {time.monotonic() - began:.0f} s", flush=True)
-            text = json.dumps(result).replace("}, {", "},\n{").replace("[{", "[\n{")  # a row a line
-            Path(options.out).write_text(text + "\n", encoding="utf-8")  # what there is, should the next part fail
+            book.save(result, options.out)  # what there is, should the next part fail
 
 
 def command(world):

@@ -7,14 +7,13 @@ A prediction knows nothing of the rows it predicts: kernels, messages and copies
 """
 
 import argparse
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
+from toolkit.runtime import calibration, measurements
 from toolkit.runtime.measurements import Row
-from toolkit.sequence_parallel._real_machines import ALGORITHMS, ALL_REDUCE, predict, results, rows
+from toolkit.sequence_parallel._real_machines import ALGORITHMS, ALL_REDUCE, FAR, off, predict, results, rows, save
 
 TOKENS = [8192, 16384, 32768, 65536, 131072]
 
@@ -34,10 +33,10 @@ def compare(timed):
         print(f"{name:28}{row['tokens']:8}{row['kv_heads']:4}{seen:11.3f}{said:11.3f}{said / seen:7.2f}", end="")
         print(f"{bare:10.3f} ({said_bare:.3f})")
     for name in ALGORITHMS:
-        off = [abs(np.log(r["predicted"] / r["median"])) for r in timed if r["algorithm"] == name]
-        far = sum(error > np.log(1.15) for error in off)
-        mean, worst = (f"{np.expm1(error):6.1%}" for error in (np.mean(off), max(off)))
-        print(f"{name:20} geometric mean error {mean}, largest {worst}, {far} of {len(off)} rows more than 15 % off")
+        errors = [off(row) for row in timed if row["algorithm"] == name]
+        mean, worst = (f"{np.expm1(error):6.1%}" for error in (np.mean(errors), max(errors)))
+        far = f"{sum(error > FAR for error in errors)} of {len(errors)} rows off by more than a factor of 1.15"
+        print(f"{name:20} geometric mean error {mean}, largest {worst}, {far}")
 
 
 def main():
@@ -46,19 +45,17 @@ def main():
     parser.add_argument("--world", type=int, help="predict a run on so many GPUs")
     parser.add_argument("--out", help="where to write that prediction")
     options = parser.parse_args()
-    content, calibrated, timed = results(options.source)
     if not options.world:
-        return compare(timed)
+        return compare(results(options.source)[2])
     if not options.out:
         parser.error("--world needs --out")
-    result = {
-        "fit": f"{content['world']} × {content['gpu']}, {content['environment']}", "launch": content["launch"],
-        "world": options.world, "units": "seconds",
-        "algorithms": predict(calibrated, rows(TOKENS), options.world),
+    measured = measurements.load(options.source)
+    calibrated = calibration.fit(measured)
+    save({
+        "fit": f"{measured.name}: {measured.world} × {measured.gpu}, {measured.environment}",
+        "world": options.world, "units": "seconds", "algorithms": predict(calibrated, rows(TOKENS), options.world),
         "all_reduce": all_reduce(calibrated, options.world),
-    }  # fmt: skip
-    text = json.dumps(result).replace("}, {", "},\n{").replace("[{", "[\n{")  # a row a line
-    Path(options.out).write_text(text + "\n", encoding="utf-8")
+    }, options.out)  # fmt: skip
 
 
 if __name__ == "__main__":

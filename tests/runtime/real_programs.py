@@ -1,7 +1,7 @@
 """Programs that real processes and the virtual machine both run, with equal results.
 
-mpiexec -n 4 python tests/runtime/real_programs.py mpi FILE                  runs them; rank 0 writes the outputs
-torchrun --nproc-per-node 2 tests/runtime/real_programs.py gpu FILE          the same on torch tensors
+    mpiexec -n 4 python tests/runtime/real_programs.py mpi FILE                  runs them; rank 0 writes the outputs
+    torchrun --nproc-per-node 2 tests/runtime/real_programs.py gpu FILE          the same on torch tensors
 """
 
 import pickle

@@ -14,6 +14,7 @@ from toolkit.runtime.calibrated import KERNEL_SETS, Calibrated, calls
 from toolkit.runtime.calibration import fit, geometric_error, summary, without_seeing
 from toolkit.runtime.hardware import Curve, Device, Link
 from toolkit.runtime.measurements import SETS, Beside, Measured, MeasurementError, Row, load, shipped
+from toolkit.sequence_parallel._lasp2_kernels import inside
 
 FILES = tuple(shipped())
 HELD = tuple(name for name in SETS if shipped()["nvlink"].only(name))
@@ -216,6 +217,14 @@ def test_the_rows_cost_what_the_kernels_of_the_toolkit_declare(causal):
     for (kind, flops, nbytes), cost in zip(calls(row), (forward, backward), strict=True):
         assert flops == cost.flops and cost.kind == (kind if causal else None)
         assert nbytes == pytest.approx(cost.bytes, rel=0.01)  # up to the lse
+
+
+@pytest.mark.parametrize("chunk", [256, 1024])
+def test_a_row_of_linear_attention_costs_what_its_kernel_declares(chunk):
+    x, states = half((32, 1024, 128)), like((32, 1024 // chunk, 128, 128), np.float32)
+    row = Row("linear_fwd", {"heads": 32, "n": 1024, "d": 128, "chunk": chunk}, 1.0, 1.0, 1.0)
+    cost = inside.cost(x, x, x, states)
+    assert calls(row) == [("inside", cost.flops, cost.bytes)]
 
 
 # ---- curves and floors in a run ------------------------------------------------------------------------------------

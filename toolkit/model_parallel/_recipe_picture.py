@@ -51,12 +51,13 @@ def draw(config, found, longest, most):
         said += f"; {rate}"
     held = {name: getattr(found.memory, name) for name in BYTES}
     body += _stacked(held, BYTES, most, 102, lambda nbytes: f"{nbytes / 1e9:.1f} GB")
+    usable = f"{(CAPACITY - RESERVE) / 1e9:.0f} GB to use"
     at = LEFT + (RIGHT - LEFT) * (CAPACITY - RESERVE) / most
     body.append(f'<path class="k" d="M{at:.1f} 96v34"/>')
-    body.append(label(at + 4, 98, f"{(CAPACITY - RESERVE) / 1e9:.0f} GB to use", "m"))
+    body.append(label(at + 4, 98, usable, "m"))
     words = f"t = {config.t}, p = {config.p}, d = {config.d}, b = {config.b}, m = {config.m}: {said}. "
     words += ", ".join(f"{BYTES[name][1]} {nbytes / 1e9:.1f} GB" for name, nbytes in held.items())
-    return drawn(WIDTH, HEIGHT, body, "step and memory", words + " of 62 GB to use.")
+    return drawn(WIDTH, HEIGHT, body, "step and memory", f"{words} of {usable}.")
 
 
 def _stacked(parts, looks, longest, y, said):

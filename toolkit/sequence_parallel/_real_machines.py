@@ -29,7 +29,8 @@ ALGORITHMS = {  # name -> (system, forward program, options)
     "LASP-2": (lasp2, lasp2.attention, {"causal": True}),
 }
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"  # a checkout has them, an installed package has not
-CHUNK = 512  # tokens of a chunk of LASP-2
+HEAD_DIM, CHUNK = 128, 512  # CHUNK: tokens of a chunk of LASP-2
+FAR = np.log(1.15)  # a prediction that is more off than this asks for a reason
 TRAINED = ("ring", "zigzag ring", "TokenRing", "TokenRing zigzag")  # timed forward with backward too
 TASKS = [(name, False) for name in ALGORITHMS] + [(name, True) for name in TRAINED]  # (name, with backward)
 ALL_REDUCE = [1024 * 4**k for k in range(10)]  # bytes: 1 KB … 256 MB, as ASTRA-sim validates against NCCL's ring
@@ -37,7 +38,7 @@ ALL_REDUCE = [1024 * 4**k for k in range(10)]  # bytes: 1 KB … 256 MB, as ASTR
 
 def row(name, tokens, kv_heads, backward=False, heads=32):
     return {
-        "algorithm": name, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": 128,
+        "algorithm": name, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM,
         "backward": backward,
     }  # fmt: skip
 
@@ -95,3 +96,14 @@ def results(path):
     """(what benchmarks/gpus.py wrote, the machine fitted to its micro-benchmarks, its rows with their predictions)."""
     content, calibrated = json.loads(Path(path).read_text(encoding="utf-8")), calibration.fit(measurements.load(path))
     return content, calibrated, predict(calibrated, content["algorithms"], content["world"])
+
+
+def off(row):
+    """|log(predicted / measured)|"""
+    return abs(np.log(row["predicted"] / row["median"]))
+
+
+def save(content, path):
+    """Write a file of `RESULTS`, a row a line."""
+    text = json.dumps(content).replace("}, {", "},\n{").replace("[{", "[\n{")
+    Path(path).write_text(text + "\n", encoding="utf-8")
